@@ -1,0 +1,13 @@
+"""archlab: language-model architectures written once, readably, and compared fairly.
+
+    model = archlab.create_model("mamba-tiny", rngs=nnx.Rngs(0))
+    out = model(ids)                      # ids [B, T] ints; out.logits [B, T, V]
+
+Everything else is reached by module: archlab.layers, attention, recurrence, experts, depth, zoo, data, training,
+inference, parallel, analysis.
+"""
+
+from archlab.zoo import create_model, get_config, list_models
+
+__version__ = "0.1.0"
+__all__ = ["create_model", "get_config", "list_models"]

@@ -1,0 +1,47 @@
+"""The key-value cache: what attention remembers between calls."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from archlab.layers.contract import Tokens, pytree
+
+
+@pytree
+class KVCache:
+    """Keys and values in slots, each with its place and document; a cursor per row counts the tokens ever written.
+
+    keys, values [B, G, S, K]; positions, segments [B, S] int32 (segment 0: an empty slot); cursor [B] int32. With a
+    sliding window S is the window and slots are used in a ring. Padding takes no slot.
+    """
+
+    keys: Float[Array, "B G S K"]
+    values: Float[Array, "B G S K"]
+    positions: Int[Array, "B S"]
+    segments: Int[Array, "B S"]
+    cursor: Int[Array, "B"]
+
+    @classmethod
+    def empty(cls, batch: int, heads: int, slots: int, size: int, dtype) -> "KVCache":
+        numbers = lambda *shape: jnp.zeros((batch, *shape), jnp.int32)
+        store = lambda: jnp.zeros((batch, heads, slots, size), dtype)
+        return cls(store(), store(), numbers(slots), numbers(slots), numbers())
+
+    def append(self, keys: Float[Array, "B G T K"], values: Float[Array, "B G T K"], tokens: Tokens) -> "KVCache":
+        """The cache with a piece's real tokens written; in a ring, only the last S of them. What finds no slot in a
+        full cache without a window is lost: callers size caches by `max_length`."""
+        slots = self.keys.shape[2]
+        real = tokens.real
+        order = self.cursor[:, None] + jnp.cumsum(real, axis=1) - 1
+        total = self.cursor + real.sum(1, dtype=jnp.int32)
+        kept = real & (order >= total[:, None] - slots)
+        slot = jnp.where(kept, order % slots, slots)  # an index past the end is dropped
+        row = jnp.arange(keys.shape[0])[:, None]
+
+        def put(store, new):
+            return store.at[row, slot].set(new.astype(store.dtype), mode="drop")
+
+        def put_heads(store, new):
+            return store.at[row, :, slot].set(jnp.swapaxes(new, 1, 2).astype(store.dtype), mode="drop")
+
+        return KVCache(put_heads(self.keys, keys), put_heads(self.values, values),
+                       put(self.positions, tokens.positions), put(self.segments, tokens.segments), total)

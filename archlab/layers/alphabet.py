@@ -1,0 +1,97 @@
+"""One alphabet of dimensions, and the parameters that speak it.
+
+A parameter says its dimensions once, in one word such as "D->HK": letters before the arrow are summed over when the
+parameter is used (inputs), letters after it are produced (outputs). From that word follow initialisation (fan-in),
+weight decay (only what has inputs is a matrix), which parameters Muon or Adafactor take for matrices, sharding, the
+accounts and the layout in checkpoints. Nothing is ever decided by `ndim`.
+
+    B batch      T time        D model width   H heads        G key-value heads   K head size
+    F hidden     E experts     N state size    V vocabulary   L layers            . any other, never sharded
+"""
+
+import math
+from collections.abc import Callable
+
+import flax.nnx as nnx
+import jax
+import jax.numpy as jnp
+
+COPIES = "LE"  # axes along which whole parameters are stacked: they are no part of any fan-in
+
+# Where a dimension may be split over the mesh. Batch rows are split over all the axes named for B.
+MESH_AXES = {"B": ("data", "fsdp", "expert"), "D": "fsdp", "F": "tensor", "H": "tensor", "G": "tensor",
+             "V": "tensor", "E": "expert"}
+
+
+def dims(letters: str) -> str:
+    """The letters of a parameter in the order of its array's axes: "D->HK" gives "DHK"."""
+    return letters.replace("->", "")
+
+
+def inputs(letters: str) -> str:
+    """The letters summed over, copies left out: "ED->F" gives "D"."""
+    return "".join(c for c in letters.split("->")[0] if c not in COPIES)
+
+
+def outputs(letters: str) -> str:
+    """The letters produced: "D->HK" gives "HK"."""
+    return letters.split("->")[1]
+
+
+def is_matrix(letters: str) -> bool:
+    """True for what multiplies a vector into another: it has inputs and outputs and is no table over the vocabulary."""
+    return bool(inputs(letters)) and bool(outputs(letters)) and "V" not in letters
+
+
+def parameter(rngs: nnx.Rngs, letters: str, shape: tuple[int, ...], init: Callable | None = None, *,
+              scale: float = 1.0, decay: bool | None = None) -> nnx.Param:
+    """A parameter that knows its letters.
+
+    Args:
+      letters: its dimensions, such as "D->HK", one letter an axis.
+      shape: their sizes, in that order.
+      init: `init(key, shape, dtype)`; by default normal with standard deviation `scale / sqrt(fan_in)` for what has
+        input letters, and zeros for what has none.
+      scale: multiplies the default standard deviation; may be traced (initialisers that depend on the layer).
+      decay: whether weight decay touches it; by default what has input letters. A scalar or a vector of gains,
+        biases, time constants does not want to be small.
+
+    Returns: an `nnx.Param` in float32 with metadata `letters` and `decay`.
+    """
+    if len(dims(letters)) != len(shape):
+        raise ValueError(f"letters {letters!r} name {len(dims(letters))} dimensions, shape {shape} has {len(shape)}")
+    if init is None:
+        fan_in = math.prod(n for letter, n in zip(dims(letters), shape) if letter in inputs(letters))
+        init = fan_in_normal(fan_in, scale) if inputs(letters) else nnx.initializers.zeros
+    decay = bool(inputs(letters)) if decay is None else decay
+    return nnx.Param(init(rngs.params(), shape, jnp.float32), letters=letters, decay=decay)
+
+
+def fan_in_normal(fan_in: int, scale: float = 1.0) -> Callable:
+    """Normal initialiser with standard deviation `scale / sqrt(fan_in)`."""
+    return lambda key, shape, dtype: jax.random.normal(key, shape, dtype) * (scale / math.sqrt(fan_in))
+
+
+def project(x: jax.Array, weight: nnx.Param, spec: str) -> jax.Array:
+    """The one door through which every weight product goes: `einsum(spec, x, weight)` in the dtype of `x`.
+
+    Args:
+      x: activations; their dtype is the compute dtype.
+      weight: a parameter, kept in its own (usually higher) precision and cast here.
+      spec: for example "BTD,DHK->BTHK".
+
+    Products of bfloat16 accumulate in float32: CPUs reach their matrix units only so, accelerators do it anyway.
+    """
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return jnp.einsum(spec, x, weight[...].astype(x.dtype), preferred_element_type=wide).astype(x.dtype)
+
+
+def letters_of(module) -> dict[str, str]:
+    """Path -> letters of every parameter of a module, for accounts, optimizers and sharding."""
+    return {path: variable.letters for path, variable in parameters_of(module).items()}
+
+
+def parameters_of(module) -> dict[str, nnx.Param]:
+    """Path ("body/unit/layers/0/layer/query") -> parameter, in the module's order. Works on abstract modules too."""
+    return {"/".join(map(str, path)): variable
+            for path, variable in nnx.to_flat_state(nnx.state(module, nnx.Param))}

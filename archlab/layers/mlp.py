@@ -1,0 +1,82 @@
+"""Position-wise feed-forward layers: the plain MLP and the gated ones.
+
+MLP: Vaswani et al. 2017 (arXiv:1706.03762), section 3.3. Gated: Shazeer 2020, "GLU variants" (arXiv:2002.05202).
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from archlab.layers.alphabet import parameter, project
+from archlab.layers.config import LayerConfig, near, require
+from archlab.layers.contract import Aux, Layer, Place, Tokens
+
+ACTIVATIONS = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),  # So et al. 2021, Primer (arXiv:2109.08668)
+    "silu": jax.nn.silu,
+}
+
+
+class MLP(LayerConfig):
+    """`act(x W_up) W_down`; with `gated`, `(act(x W_gate) * (x W_up)) W_down`.
+
+    hidden: F. activation: one of gelu, gelu_tanh, relu, relu2, silu. bias: on every product.
+    """
+
+    hidden: int
+    activation: str = "gelu"
+    gated: bool = False
+    bias: bool = False
+
+    def __post_init__(self):
+        require(self.hidden > 0, self, "hidden", "must be at least 1")
+        require(self.activation in ACTIVATIONS, self, "activation", near(str(self.activation), ACTIVATIONS))
+
+    def build(self, rngs: nnx.Rngs, at: Place) -> "MLPModule":
+        return MLPModule(self, rngs, at)
+
+
+def SwiGLU(hidden: int, **fields) -> MLP:
+    """The gated MLP with SiLU, as in Llama."""
+    return MLP(hidden, activation="silu", gated=True, **fields)
+
+
+def GeGLU(hidden: int, **fields) -> MLP:
+    """The gated MLP with GELU (tanh form, as in T5 v1.1 and Gemma)."""
+    return MLP(hidden, activation="gelu_tanh", gated=True, **fields)
+
+
+class MLPModule(Layer):
+    """Weights: up [D, F], gate [D, F] where gated, down [F, D]."""
+
+    def __init__(self, config: MLP, rngs: nnx.Rngs, at: Place):
+        D, F = at.width, config.hidden
+        self.activation = config.activation
+        self.up = parameter(rngs, "D->F", (D, F))
+        self.gate = parameter(rngs, "D->F", (D, F)) if config.gated else None
+        self.down = parameter(rngs, "F->D", (F, D), scale=residual_scale(at))
+        self.up_bias = parameter(rngs, "->F", (F,)) if config.bias else None
+        self.gate_bias = parameter(rngs, "->F", (F,)) if config.bias and config.gated else None
+        self.down_bias = parameter(rngs, "->D", (D,)) if config.bias else None
+
+    def __call__(self, x, tokens: Tokens, state=None):
+        act = ACTIVATIONS[self.activation]
+        up = add_bias(project(x, self.up, "BTD,DF->BTF"), self.up_bias)
+        if self.gate is None:
+            hidden = act(up)
+        else:
+            hidden = act(add_bias(project(x, self.gate, "BTD,DF->BTF"), self.gate_bias)) * up
+        return add_bias(project(hidden, self.down, "BTF,FD->BTD"), self.down_bias), None, Aux()
+
+
+def add_bias(x: jax.Array, bias: nnx.Param | None) -> jax.Array:
+    """`x + bias` over the last axes of `x`, or `x` where there is none."""
+    return x if bias is None else x + bias[...].astype(x.dtype)
+
+
+def residual_scale(at: Place):
+    """Shrinks what is added to the residual stream by sqrt(depth) (GPT-2): its variance is then free of the depth."""
+    return max(at.depth, 1) ** -0.5

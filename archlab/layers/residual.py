@@ -1,0 +1,58 @@
+"""The residual block: `x + layer(norm(x))` and its relatives."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from archlab.layers.config import LayerConfig, require
+from archlab.layers.contract import Layer, Place, Tokens
+from archlab.layers.norms import RMSNorm
+
+
+class Residual(LayerConfig):
+    """`outer(x + scale * dropout(after(layer(before(x)))))`; each norm may be None.
+
+    Pre-norm: `before` (the default). Post-norm (Vaswani et al. 2017): before=None, outer=LayerNorm(). Sandwich
+    (CogView, arXiv:2105.13290; Gemma 2): before and after. dropout: the share of the branch's channels dropped in the
+    training form.
+    """
+
+    layer: LayerConfig
+    before: LayerConfig | None = RMSNorm()
+    after: LayerConfig | None = None
+    outer: LayerConfig | None = None
+    scale: float = 1.0
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        require(0 <= self.dropout < 1, self, "dropout", "must lie in [0, 1)")
+
+    @property
+    def branches(self) -> int:
+        return 1
+
+    def build(self, rngs: nnx.Rngs, at: Place) -> "ResidualModule":
+        return ResidualModule(self, rngs, at)
+
+
+class ResidualModule(Layer):
+    def __init__(self, config: Residual, rngs: nnx.Rngs, at: Place):
+        norm = lambda c: None if c is None else c.build(rngs, at)
+        self.before, self.after, self.outer = norm(config.before), norm(config.after), norm(config.outer)
+        self.layer = config.layer.build(rngs, at)
+        self.scale, self.dropout = config.scale, config.dropout
+
+    def init_state(self, batch, max_length, dtype=jnp.float32, memory=None):
+        return self.layer.init_state(batch, max_length, dtype, memory)
+
+    def __call__(self, x, tokens: Tokens, state=None):
+        y, state, aux = self.layer(x if self.before is None else self.before(x), tokens, state)
+        if self.after is not None:
+            y = self.after(y)
+        if tokens.training is not None and self.dropout:
+            keep = jax.random.bernoulli(tokens.training.key, 1 - self.dropout, y.shape)
+            y = jnp.where(keep, y / (1 - self.dropout), 0)
+        x = x + (y if self.scale == 1 else self.scale * y)
+        if self.outer is not None:
+            x = self.outer(x)
+        return x, state, aux.under("layer")

@@ -1,0 +1,133 @@
+"""A language model: token ids in, a body of layers, logits out."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from archlab.layers.config import Config, LayerConfig, near, require
+from archlab.layers.contract import Aux, Layer, Place, Tokens, Training, count_positions, pytree
+from archlab.layers.embedding import Embedding, Head, cross_entropy, tied_logits
+from archlab.layers.norms import RMSNorm
+
+LOGITS = ("all", "last", "none")
+
+
+class LanguageModel(Config):
+    """The config of a decoder: the one place where the width is stated.
+
+    vocab: V. width: D. body: any layer config. norm: before the head. tied: the head reuses the embedding.
+    dtype: the compute dtype ("bfloat16", "float32"); None for that of the parameters, which are kept in float32.
+    """
+
+    vocab: int
+    width: int
+    body: LayerConfig
+    norm: LayerConfig | None = RMSNorm()
+    tied: bool = True
+    dtype: str | None = None
+
+    def __post_init__(self):
+        require(self.vocab >= 1, self, "vocab", "must be at least 1")
+        require(self.width >= 1, self, "width", "must be at least 1")
+        dtypes = ("bfloat16", "float16", "float32", "float64")
+        require(self.dtype is None or self.dtype in dtypes, self, "dtype", near(str(self.dtype), dtypes))
+        self.body.check(self.width)
+
+    def build(self, rngs: nnx.Rngs) -> "Model":
+        return Model(self, rngs)
+
+
+@pytree
+class ModelState:
+    """What the model remembers: the body's state, and per row the last document [B] and its length so far [B]."""
+
+    body: Any
+    segment: Int[Array, "B"]
+    length: Int[Array, "B"]
+
+
+class Output(NamedTuple):
+    """logits [B, T, V] ([B, 1, V] for "last", None for "none"); state; aux; hidden [B, T, D], normed, before the head."""
+
+    logits: jax.Array | None
+    state: ModelState | None
+    aux: Aux
+    hidden: jax.Array
+
+
+class Model(nnx.Module):
+    """The module of a `LanguageModel`."""
+
+    def __init__(self, config: LanguageModel, rngs: nnx.Rngs):
+        self.config = config
+        at = Place(config.width, 0, config.body.branches)
+        self.embed = Embedding(config.vocab, config.width, rngs)
+        self.body: Layer = config.body.build(rngs, at)
+        self.norm = None if config.norm is None else config.norm.build(rngs, at)
+        self.head = None if config.tied else Head(config.vocab, config.width, rngs)
+
+    def init_state(self, batch: int, max_length: int, dtype=None) -> ModelState:
+        """The state before the first token, for rows of at most `max_length` tokens; caches in `dtype` (default: the
+        compute dtype)."""
+        numbers = lambda: jnp.zeros((batch,), jnp.int32)
+        return ModelState(self.body.init_state(batch, max_length, dtype or self.compute_dtype), numbers(), numbers())
+
+    @property
+    def compute_dtype(self):
+        return jnp.dtype(self.config.dtype or self.embed.table.dtype)
+
+    def __call__(self, ids: Int[Array, "B T"], state: ModelState | None = None,
+                 positions: Int[Array, "B T"] | None = None, segment_ids: Int[Array, "B T"] | None = None,
+                 training: bool | Training = False, rngs: nnx.Rngs | None = None, logits: str = "all") -> Output:
+        """Runs a piece of text.
+
+        Args:
+          ids: token ids. state: from `init_state` or an earlier call; None for a pass without memory.
+          positions: places within documents; by default counted, from the state on.
+          segment_ids: 0 for padding, each other number a document; by default one document.
+          training: True asks every layer for its training form; keys come from `rngs` (or pass a `Training`).
+          logits: "all", "last" (each row's last real token only) or "none".
+        """
+        if logits not in LOGITS:
+            raise ValueError(f"logits = {logits!r}: {near(str(logits), LOGITS)}")
+        if training is True:
+            if rngs is None:
+                raise ValueError("training = True needs rngs: the training form draws random numbers")
+            training = Training(rngs.dropout(), jnp.int32(0))
+        segments = jnp.ones(ids.shape, jnp.int32) if segment_ids is None else segment_ids.astype(jnp.int32)
+        ragged = segment_ids is not None and ids.shape[1] > 1
+        if ragged:  # padding goes to the end of each row, and back when all is done
+            order = jnp.argsort(segments == 0, axis=1, stable=True)
+            ids, segments = (jnp.take_along_axis(a, order, 1) for a in (ids, segments))
+            positions = None if positions is None else jnp.take_along_axis(positions, order, 1)
+
+        none = jnp.zeros(ids.shape[:1], jnp.int32)
+        last, length = (none, none) if state is None else (state.segment, state.length)
+        counted, last, length = count_positions(segments, last, length)
+        tokens = Tokens(segments, counted if positions is None else positions, training or None)
+
+        x = self.embed(ids, self.compute_dtype)
+        x, body, aux = self.body(x, tokens, None if state is None else state.body)
+        hidden = x if self.norm is None else self.norm(x)
+        if ragged:
+            hidden = jnp.take_along_axis(hidden, jnp.argsort(order, axis=1)[:, :, None], 1)
+        if logits == "last":
+            end = jnp.maximum(segments.astype(bool).sum(1) - 1, 0)
+            end = jnp.take_along_axis(order, end[:, None], 1) if ragged else end[:, None]
+            out = self.logits(jnp.take_along_axis(hidden, end[:, :, None], 1))
+        else:
+            out = self.logits(hidden) if logits == "all" else None
+        state = None if state is None else ModelState(body, last, length)
+        return Output(out, state, aux.under("body"), hidden)
+
+    def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """The head alone, in at least float32."""
+        logits = tied_logits(hidden, self.embed) if self.head is None else self.head(hidden)
+        return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+
+    def losses(self, hidden: Float[Array, "B T D"], targets: Int[Array, "B T"]) -> Float[Array, "B T"]:
+        """Negative log-likelihood of each target in nats, without ever holding [B, T, V]."""
+        return cross_entropy(self.logits, hidden, targets, self.config.vocab)

@@ -1,0 +1,53 @@
+"""The short causal depthwise convolution that precedes many recurrences."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from archlab.layers.alphabet import parameter
+from archlab.layers.contract import Tokens, pytree
+
+
+@pytree
+class ConvState:
+    """The last W - 1 real inputs of each row and their documents: inputs [B, W-1, F], segments [B, W-1]."""
+
+    inputs: Float[Array, "B W F"]
+    segments: Int[Array, "B W"]
+
+
+class CausalConv(nnx.Module):
+    """`y_t = bias + sum_j weight[j] x_{t-j}` per channel, within the document. weight [W, F], bias [F].
+
+    Initialised as the framework of the published code does it: uniform within 1/sqrt(W).
+    """
+
+    def __init__(self, size: int, channels: int, rngs: nnx.Rngs):
+        bound = size**-0.5
+        uniform = lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
+        self.weight = parameter(rngs, "->.F", (size, channels), uniform, decay=True)
+        self.bias = parameter(rngs, "->F", (channels,), uniform)
+
+    def init_state(self, batch: int, dtype) -> ConvState:
+        size, channels = self.weight.shape
+        return ConvState(jnp.zeros((batch, size - 1, channels), dtype), jnp.zeros((batch, size - 1), jnp.int32))
+
+    def __call__(self, x: Float[Array, "B T F"], tokens: Tokens, state: ConvState | None = None):
+        """Returns y [B, T, F] and the state after the piece (None without one)."""
+        size, T = self.weight.shape[0], x.shape[1]
+        past = self.init_state(x.shape[0], x.dtype) if state is None else state
+        inputs = jnp.concatenate([past.inputs.astype(x.dtype), x], 1)  # token t stands at t + size - 1
+        segments = jnp.concatenate([past.segments, tokens.segments], 1)
+        weight = self.weight[...].astype(x.dtype)
+        y = self.bias[...].astype(x.dtype) + weight[0] * x
+        for j in range(1, size):
+            at = slice(size - 1 - j, size - 1 - j + T)
+            same = (segments[:, at] == tokens.segments)[:, :, None]
+            y = y + weight[j] * jnp.where(same, inputs[:, at], 0)
+        if state is None:
+            return y, None
+        # Padding comes last, so the newest W - 1 inputs end with the piece's real tokens.
+        newest = tokens.real.sum(1)[:, None] + jnp.arange(size - 1)
+        kept = jnp.take_along_axis(inputs, newest[:, :, None], 1).astype(state.inputs.dtype)
+        return y, ConvState(kept, jnp.take_along_axis(segments, newest, 1))
