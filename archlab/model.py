@@ -11,6 +11,7 @@ from archlab.layers.config import Config, LayerConfig, near, require
 from archlab.layers.contract import Aux, Layer, Place, Tokens, Training, count_positions, pytree
 from archlab.layers.embedding import Embedding, Head, cross_entropy, tied_logits
 from archlab.layers.norms import RMSNorm
+from archlab.layers.sharding import constrain
 
 LOGITS = ("all", "last", "none")
 
@@ -109,7 +110,7 @@ class Model(nnx.Module):
         counted, last, length = count_positions(segments, last, length)
         tokens = Tokens(segments, counted if positions is None else positions, training or None)
 
-        x = self.embed(ids, self.compute_dtype)
+        x = constrain(self.embed(ids, self.compute_dtype), "BT.")  # on a mesh: rows split, channels whole
         x, body, aux = self.body(x, tokens, None if state is None else state.body)
         hidden = x if self.norm is None else self.norm(x)
         if ragged:

@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from archlab.layers.alphabet import fan_in_normal, parameter, project
 from archlab.layers.contract import wide
+from archlab.layers.sharding import constrain
 
 CHUNK_LOGITS = 2**24  # logits held at once by the loss: 64 MiB in float32
 
@@ -18,7 +19,7 @@ class Embedding(nnx.Module):
         self.table = parameter(rngs, "V->D", (vocab, width), fan_in_normal(width))
 
     def __call__(self, ids: Int[Array, "B T"], dtype=None) -> Float[Array, "B T D"]:
-        return jnp.take(self.table[...], ids, axis=0).astype(dtype or self.table.dtype)
+        return jnp.take(constrain(self.table[...], "V."), ids, axis=0).astype(dtype or self.table.dtype)
 
 
 class Head(nnx.Module):
