@@ -44,7 +44,7 @@ def is_matrix(letters: str) -> bool:
 
 
 def parameter(rngs: nnx.Rngs, letters: str, shape: tuple[int, ...], init: Callable | None = None, *,
-              scale: float = 1.0, decay: bool | None = None) -> nnx.Param:
+              scale: float = 1.0, decay: bool | None = None, uses: float = 1.0) -> nnx.Param:
     """A parameter that knows its letters.
 
     Args:
@@ -55,8 +55,9 @@ def parameter(rngs: nnx.Rngs, letters: str, shape: tuple[int, ...], init: Callab
       scale: multiplies the default standard deviation; may be traced (initialisers that depend on the layer).
       decay: whether weight decay touches it; by default what has input letters. A scalar or a vector of gains,
         biases, time constants does not want to be small.
+      uses: how often one token passes through it, for the accounts: top_k / E for the stacked weights of E experts.
 
-    Returns: an `nnx.Param` in float32 with metadata `letters` and `decay`.
+    Returns: an `nnx.Param` in float32 with metadata `letters`, `decay` and `uses`.
     """
     if len(dims(letters)) != len(shape):
         raise ValueError(f"letters {letters!r} name {len(dims(letters))} dimensions, shape {shape} has {len(shape)}")
@@ -64,7 +65,14 @@ def parameter(rngs: nnx.Rngs, letters: str, shape: tuple[int, ...], init: Callab
         fan_in = math.prod(n for letter, n in zip(dims(letters), shape) if letter in inputs(letters))
         init = fan_in_normal(fan_in, scale) if inputs(letters) else nnx.initializers.zeros
     decay = bool(inputs(letters)) if decay is None else decay
-    return nnx.Param(init(rngs.params(), shape, jnp.float32), letters=letters, decay=decay)
+    return nnx.Param(init(rngs.params(), shape, jnp.float32), letters=letters, decay=decay, uses=uses)
+
+
+def reuse(module: nnx.Module, times: float) -> None:
+    """Notes for the accounts that a token passes `times` times through all of `module`, on average: n for a unit that
+    recurs n times, a share below 1 for one that only some tokens are routed to."""
+    for variable in parameters_of(module).values():
+        variable.set_metadata(uses=times * variable.uses)
 
 
 def fan_in_normal(fan_in: int, scale: float = 1.0) -> Callable:

@@ -74,23 +74,27 @@ class LayerConfig(Config):
 
     def check(self, width: int) -> None:
         """Raises ValueError where this layer cannot stand in a stream of `width` channels."""
-        for child in self.children().values():
-            child.check(width)
+        for layer in self.inner():
+            layer.check(width)
+
+    def inner(self) -> list["LayerConfig"]:
+        """The layers directly inside this one."""
+        return [child for child in self.children().values() if isinstance(child, LayerConfig)]
 
     @property
     def branches(self) -> int:
         """How many residual branches it runs through: the unit in which depth is counted (`Place.index`)."""
-        return sum(child.branches for child in self.children().values())
+        return sum(layer.branches for layer in self.inner())
 
     @property
     def causal(self) -> bool:
         """Whether no output depends on a later token (in the deterministic form)."""
-        return all(child.causal for child in self.children().values())
+        return all(layer.causal for layer in self.inner())
 
     @property
     def recurrent(self) -> bool:
         """Whether a decode step's work and state are bounded, whatever the length of the context."""
-        return all(child.recurrent for child in self.children().values())
+        return all(layer.recurrent for layer in self.inner())
 
 
 def require(condition: bool, config: Config, field: str, wanted: str) -> None:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from archlab.layers.alphabet import COPIES, dims, inputs, is_matrix, parameter, parameters_of
+from archlab.layers.alphabet import COPIES, dims, inputs, is_matrix, parameter, parameters_of, reuse
 from archlab.layers.config import LayerConfig, require
 from archlab.layers.contract import Aux, Layer, Place, Tokens
 from archlab.layers.sequence import Sequence
@@ -52,7 +52,7 @@ class RepeatModule(Layer):
             return config.unit.build(nnx.Rngs(key), at._replace(index=at.index + i * branches))
 
         stacked = jax.vmap(make)(jax.random.split(rngs.params(), config.n), jnp.arange(config.n))
-        self.unit = _relabel(stacked)
+        self.unit = _relabel(stacked, config.n)
 
     def init_state(self, batch, max_length, dtype=jnp.float32, memory=None):
         states = tuple(unit.init_state(batch, max_length, dtype, memory) for unit in self.units())
@@ -212,10 +212,11 @@ def _split(unit):
     return own, shared, structure
 
 
-def _relabel(stacked):
-    """Marks the copies' axis L on what was stacked; keeps one of the copies of what is shared."""
+def _relabel(stacked, n: int):
+    """Marks the copies' axis L on what was stacked; keeps one of the copies of what is shared, used n times."""
     structure, shared, own = nnx.split(stacked, _is_shared, ...)
     for _, variable in nnx.to_flat_state(own):
         if isinstance(variable, nnx.Param):
             variable.set_metadata(letters="L" + variable.letters)
+    reuse(shared, n)
     return nnx.merge(structure, own, jax.tree.map(lambda a: a[0], shared))

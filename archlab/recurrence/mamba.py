@@ -92,7 +92,7 @@ class MambaModule(Layer):
         past = self.init_state(x.shape[0], 0, x.dtype) if state is None else state
         starts, last = document_starts(tokens.segments, past.segment)
         A = -jnp.exp(wide(self.A_log[...]))
-        y, hidden = selective_scan(u, dt, A, wide(B), wide(C), starts, past.hidden)
+        y, hidden = selective_scan(u, dt, A, B, C, starts, past.hidden)
         y = (y + self.skip[...] * wide(u)).astype(x.dtype) * jax.nn.silu(project(x, self.gate, "BTD,DF->BTF"))
 
         state = None if state is None else MambaState(conv, hidden, last)

@@ -25,7 +25,8 @@ def selective_scan(x: Float[Array, "B T F"], dt: Float[Array, "B T F"], A: Float
     a chunk and not one a step.
     """
     T = x.shape[1]
-    A, h = A.T, jnp.swapaxes(h, 1, 2)  # channels last: they fill the vector registers
+    x, dt, B, C = (a.astype(h.dtype) for a in (x, dt, B, C))
+    A, h = A.T.astype(h.dtype), jnp.swapaxes(h, 1, 2)  # channels last: they fill the vector registers
 
     def step(h, now):
         x, dt, B, C, start = now
@@ -34,7 +35,7 @@ def selective_scan(x: Float[Array, "B T F"], dt: Float[Array, "B T F"], A: Float
         return h, (C[:, :, None] * h).sum(1)
 
     time_first = lambda a: jnp.moveaxis(a, 1, 0)
-    steps = tuple(time_first(a) for a in (x.astype(h.dtype), dt, B, C, starts))
+    steps = tuple(time_first(a) for a in (x, dt, B, C, starts))
     if T == 1:
         h, y = step(h, tuple(a[0] for a in steps))
         return y[:, None], jnp.swapaxes(h, 1, 2)
