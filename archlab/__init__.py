@@ -7,7 +7,8 @@ Everything else is reached by module: archlab.layers, attention, recurrence, exp
 inference, parallel, analysis.
 """
 
+from archlab.analysis.accounts import profile
 from archlab.zoo import create_model, get_config, list_models
 
 __version__ = "0.1.0"
-__all__ = ["create_model", "get_config", "list_models"]
+__all__ = ["create_model", "get_config", "list_models", "profile"]

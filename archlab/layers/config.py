@@ -41,6 +41,15 @@ class Config:
         for name, child in self.children().items():
             yield from child.walk(f"{path}.{name}" if path else name)
 
+    def map(self, change) -> Self:
+        """A copy with `change(config)` in place of every config of the tree, leaves first."""
+        def of(value):
+            if isinstance(value, tuple):
+                return tuple(of(v) for v in value)
+            return value.map(change) if isinstance(value, Config) else value
+
+        return change(dataclasses.replace(self, **{f.name: of(getattr(self, f.name)) for f in dataclasses.fields(self)}))
+
     def set(self, path: str, value: Any) -> Self:
         """A copy with the field at `path` replaced; a string value is read as a Python literal where it is one."""
         name, _, rest = path.partition(".")

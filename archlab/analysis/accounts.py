@@ -1,0 +1,131 @@
+"""The accounts of an architecture: parameters, FLOPs per token and the size of its state, from the config alone.
+
+Nothing is allocated or compiled: modules, states and programs are abstract.
+
+Conventions. A multiply-add is two operations. Forward FLOPs are those of the program itself, the head included and the
+embedding's look-up free: causal attention costs about half of a full score matrix (what its blocks compute), routed
+experts what their dispatch computes. The training step is three forward passes of the training form (the backward pass
+does every product twice; capacity and routing as in training), and recomputation is not counted: model FLOPs, not
+hardware FLOPs. For a dense model at a short context this is the familiar 6N a token, with N the active parameters less
+the look-up table. Decoding is one token at the end of a full context.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from archlab.analysis.flops import Flops, count
+from archlab.layers.alphabet import parameters_of
+from archlab.layers.contract import Training
+from archlab.layers.repeat import Repeat
+from archlab.model import LanguageModel
+from archlab.zoo import get_config
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameters:
+    """Numbers of weights. Each weight is stored once and counts once, however often it is used.
+
+    total: all. active: those that one token meets, on average: top_k of E experts, all of a shared or recurrent unit.
+    applied: weights times how often a token passes through them: what 2N and 6N mean where weights are used again.
+    embedding, active_body: total = embedding + body; embedding is every table over the vocabulary, tied, untied or
+    look-up only; active_body is what is active of the body, by which architectures are matched.
+    """
+
+    total: int
+    active: int
+    applied: int
+    embedding: int
+
+    @property
+    def active_body(self) -> int:
+        return self.active - self.embedding
+
+
+@dataclasses.dataclass(frozen=True)
+class Profile:
+    """What an architecture costs; `print` shows a table.
+
+    FLOPs are per token. forward: evaluation of a text of `context` tokens. training: forward and backward of one in
+    the training form. decode: one token with `context` tokens before it. state_bytes: what `batch` rows remember of
+    `context` tokens, in the compute dtype.
+    """
+
+    context: int
+    batch: int
+    parameters: Parameters
+    forward: Flops
+    training: Flops
+    decode: Flops
+    state_bytes: int
+
+    def __str__(self) -> str:
+        p = self.parameters
+        rows = [("parameters", "total", "active", "applied"),
+                ("all", short(p.total), short(p.active), short(p.applied)),
+                ("without embedding", short(p.total - p.embedding), short(p.active_body),
+                 short(p.applied - p.embedding)), (),
+                ("FLOPs per token", "matmul", "elementwise", "total")]
+        passes = {"forward": self.forward, "training": self.training, "decode": self.decode}
+        rows += [(name, short(f.matmul), short(f.elementwise), short(f.total)) for name, f in passes.items()]
+        rows += [(), (f"state at {self.context:,} tokens", "", "", f"{self.state_bytes:,} bytes")]
+        return "\n".join(f"{row[0]:<24}" + "".join(f"{cell:>14}" for cell in row[1:]) if row else "" for row in rows)
+
+
+def profile(config: LanguageModel | str, context: int = 4096, batch: int = 1) -> Profile:
+    """The accounts of a model, by config or name, for texts of `context` tokens in batches of `batch` rows.
+
+    ValueError where a name is unknown, or context or batch is below 1.
+    """
+    config = get_config(config) if isinstance(config, str) else config
+    for name, value in (("context", context), ("batch", batch)):
+        if value < 1:
+            raise ValueError(f"profile: {name} = {value!r}: must be at least 1")
+    model, tokens = abstract(config), batch * context
+    ids = lambda length: jax.ShapeDtypeStruct((batch, length), jnp.int32)
+    training = Training(jax.eval_shape(lambda: jax.random.key(0)), jax.ShapeDtypeStruct((), jnp.int32))
+    dtype = jnp.dtype(config.dtype or jnp.float32)
+    state = jax.eval_shape(lambda m: m.init_state(batch, context, dtype), model)
+    return Profile(
+        context, batch, _parameters(model),
+        forward=count(lambda m, i: m(i).logits, model, ids(context)) / tokens,
+        training=count(lambda m, i, t: m(i, training=t).logits, model, ids(context), training) * 3 / tokens,
+        decode=count(lambda m, i, s: m(i, state=s).logits, model, ids(1), state) / batch,
+        state_bytes=sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)),
+    )
+
+
+def count_parameters(config: LanguageModel) -> Parameters:
+    """The numbers of weights alone: cheaper than the whole profile."""
+    return _parameters(abstract(config))
+
+
+def abstract(config: LanguageModel) -> nnx.Module:
+    """The module with shapes for arrays.
+
+    Repeated units are scanned: the same numbers from one traced body. Computation is in float32, in which no platform
+    puts a kernel of its own, whose operations could not be seen, in the place of a layer's.
+    """
+    scanned = config.map(lambda c: dataclasses.replace(c, scan=True) if isinstance(c, Repeat) else c)
+    return nnx.eval_shape(lambda: dataclasses.replace(scanned, dtype="float32").build(nnx.Rngs(0)))
+
+
+def short(number: float, thousand: int = 1000) -> str:
+    """Three digits and a unit: 1234567 gives "1.23 M"."""
+    units = ["", " k", " M", " G", " T", " P", " E"]
+    while abs(number) >= 999.5 and len(units) > 1:
+        number, units = number / thousand, units[1:]
+    return f"{number:.3g}{units[0]}"
+
+
+def _parameters(model: nnx.Module) -> Parameters:
+    weights = parameters_of(model).values()
+    return Parameters(
+        total=sum(w.size for w in weights),
+        active=round(sum(w.size * min(1, w.uses) for w in weights)),
+        applied=round(sum(w.size * w.uses for w in weights)),
+        embedding=sum(w.size for w in weights if "V" in w.letters),
+    )

@@ -1,0 +1,105 @@
+"""Accounts against closed formulas."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+import archlab
+from archlab.analysis.accounts import abstract, count_parameters, short
+from archlab.analysis.flops import count
+from archlab.layers.alphabet import parameters_of
+from archlab.layers.repeat import Repeat, Shared
+
+
+def test_transformer_matmuls_follow_the_closed_formula():
+    T, D, F, L, V, H = 4096, 128, 344, 6, 256, 4
+    block = 128  # causal blocks: a block of queries meets all keys up to its own end
+    weights = L * (4 * D * D + 3 * D * F)
+    profile = archlab.profile("transformer-tiny", context=T)
+    scores = L * 2 * D * (T + block) / 2
+    assert profile.forward.matmul == pytest.approx(2 * (weights + scores + D * V), rel=0.01)
+    assert profile.training.matmul == pytest.approx(3 * profile.forward.matmul)
+    assert profile.decode.matmul == pytest.approx(2 * (weights + L * 2 * D * T + D * V), rel=0.01)
+    assert profile.parameters.total == weights + L * 2 * D + D + V * D
+    assert profile.state_bytes == L * (2 * T * D * 4 + 2 * T * 4 + 4) + 8
+
+
+def test_mamba_matmuls_and_scan_follow_the_closed_formula():
+    T, D, L, V, N, R = 1024, 128, 10, 256, 16, 8
+    F = 2 * D
+    weights = L * (3 * D * F + F * (R + 2 * N) + R * F)
+    profile = archlab.profile("mamba-tiny", context=T)
+    assert profile.forward.matmul == pytest.approx(2 * (weights + D * V), rel=0.01)
+    assert profile.decode.matmul == pytest.approx(profile.forward.matmul, rel=0.01)
+    scan = L * F * N * 6  # exp(dt A): 2, decay h + B (dt x): 3, C h: 1 product and its sum
+    assert scan < profile.forward.elementwise < 2 * scan
+    assert archlab.profile("mamba-tiny", context=8 * T).state_bytes == profile.state_bytes
+    assert archlab.profile("mamba-tiny", context=8 * T).decode == profile.decode
+
+
+@pytest.mark.parametrize("name", ["transformer-nano", "mamba-nano"])
+def test_training_is_the_real_gradient_without_recomputation(name, monkeypatch):
+    monkeypatch.setattr(jax, "checkpoint", lambda fn, **_: fn)
+    context, model = 128, abstract(archlab.get_config(name))
+    structure, weights = nnx.split(model)
+    ids = jax.ShapeDtypeStruct((1, context), jnp.int32)
+
+    def loss(weights, ids):
+        model = nnx.merge(structure, weights)
+        return model.losses(model(ids, logits="none").hidden, ids).mean()
+
+    gradient, profile = count(jax.grad(loss), weights, ids) / context, archlab.profile(name, context)
+    assert profile.training.matmul == pytest.approx(gradient.matmul, rel=0.01)
+    assert profile.training.elementwise == pytest.approx(gradient.elementwise, rel=0.35)
+
+
+def test_accounts_are_those_of_the_real_model():
+    model = archlab.create_model("mamba-nano", nnx.Rngs(0))
+    profile = archlab.profile("mamba-nano", 64, batch=2)
+    assert profile.parameters.total == sum(weight[...].size for weight in parameters_of(model).values())
+    assert profile.state_bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(model.init_state(2, 64)))
+
+
+@pytest.mark.parametrize("name", archlab.list_models("*-nano"))
+def test_every_architecture_has_accounts(name):
+    profile = archlab.profile(name, context=64)
+    p = profile.parameters
+    assert 0 < p.embedding and 0 < p.active_body <= p.total - p.embedding and p.active <= p.applied
+    assert 0 < profile.decode.matmul and profile.forward.matmul < profile.training.matmul
+
+
+def test_shared_weights_count_once_and_apply_every_time():
+    config = archlab.get_config("transformer-nano")
+    unit = config.body.unit
+    tied = dataclasses.replace(config, body=Repeat(Shared(unit), 6))
+    once, six = (count_parameters(dataclasses.replace(config, body=Repeat(unit, n))) for n in (1, 6))
+    shared = count_parameters(tied)
+    assert shared.total == shared.active == once.total
+    assert shared.applied == six.applied == six.total
+    assert archlab.profile(tied, 64).forward == archlab.profile(dataclasses.replace(config, body=Repeat(unit, 6)), 64).forward
+
+
+def test_neither_the_way_of_repeating_nor_the_dtype_changes_operations():
+    config = archlab.get_config("mamba-nano")
+    scanned = config.set("body.scan", True)
+    assert archlab.profile(config, 64) == archlab.profile(scanned, 64)
+    low = archlab.profile(config.set("dtype", "bfloat16"), 64)
+    assert low.forward == archlab.profile(config, 64).forward
+    assert low.state_bytes < archlab.profile(config, 64).state_bytes
+
+
+def test_bad_arguments_are_named():
+    with pytest.raises(ValueError, match="transformer-tiny"):
+        archlab.profile("transformer-tine")
+    with pytest.raises(ValueError, match="context = 0"):
+        archlab.profile("mamba-nano", context=0)
+
+
+def test_the_table_reads_well():
+    text = str(archlab.profile("mamba-nano", context=1024))
+    assert "FLOPs per token" in text and "state at 1,024 tokens" in text
+    assert max(map(len, text.splitlines())) <= 80
+    assert [short(n) for n in (0, 999, 1234567, 999_700, 7.9e9)] == ["0", "999", "1.23 M", "1 M", "7.9 G"]
