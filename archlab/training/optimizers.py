@@ -1,0 +1,112 @@
+"""Optimizers, told by the alphabet which parameters are matrices and which want to be small; and their schedules."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from archlab.layers.alphabet import is_matrix
+from archlab.layers.config import Config, near, require
+from archlab.training.factored import matrix_axes, scale_by_factored_rms
+
+NAMES = ("adamw", "muon", "adafactor")
+SCHEDULES = ("cosine", "wsd", "constant")
+
+
+class Optimizer(Config):
+    """What turns gradients into updates.
+
+    name: "adamw" (arXiv:1711.05101); "muon" (Jordan et al. 2024, scaled as in arXiv:2502.16982 so that AdamW's
+      learning rates and decay fit) for matrices and AdamW for the rest; "adafactor" (arXiv:1804.04235).
+    learning_rate: at its peak. schedule: "cosine", "wsd" (warm-up, stable, decay) or "constant".
+    warmup: share of the steps in which it rises from 0, linearly. decay: share of the steps in which "wsd" falls.
+    floor: where it ends, as a share of the peak.
+    weight_decay: per step and unit of learning rate, for parameters that say they decay. clip: largest global norm of
+      the gradient, 0 for any. b1, b2: of the moments (Muon's own momentum is 0.95; Adafactor's b2 follows from the step).
+    """
+
+    name: str = "adamw"
+    learning_rate: float = 3e-3
+    schedule: str = "cosine"
+    warmup: float = 0.05
+    decay: float = 0.2
+    floor: float = 0.1
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    b1: float = 0.9
+    b2: float = 0.95
+
+    def __post_init__(self):
+        require(self.name in NAMES, self, "name", near(str(self.name), NAMES))
+        require(self.schedule in SCHEDULES, self, "schedule", near(str(self.schedule), SCHEDULES))
+        require(self.learning_rate > 0, self, "learning_rate", "must be above 0")
+        for field in ("warmup", "decay", "floor"):
+            require(0 <= getattr(self, field) <= 1, self, field, "must be a share, from 0 to 1")
+        require(self.schedule != "wsd" or self.warmup + self.decay <= 1, self, "decay", "must leave room for warmup")
+        for field in ("weight_decay", "clip"):
+            require(getattr(self, field) >= 0, self, field, "must be at least 0")
+        for field in ("b1", "b2"):
+            require(0 <= getattr(self, field) < 1, self, field, "must be at least 0 and below 1")
+
+    def rate(self, steps: int) -> optax.Schedule:
+        """The learning rate as a function of the step, counted from 0, of a run of so many `steps`.
+
+        With w steps of warm-up the rate at step i < w is (i + 1) / w of the peak. After that, from x = 0 to 1 over what
+        is left: cosine is floor + (1 - floor) (1 + cos(pi x)) / 2; wsd is 1 until its last `decay` of the steps, and in
+        these floor + (1 - floor) (1 - sqrt(x)) (arXiv:2405.18392).
+        """
+        warmup = round(self.warmup * steps)
+        start = {"cosine": warmup, "wsd": steps - round(self.decay * steps), "constant": steps}[self.schedule]
+        shape = {"cosine": lambda x: (1 + jnp.cos(jnp.pi * x)) / 2, "wsd": lambda x: 1 - jnp.sqrt(x),
+                 "constant": jnp.ones_like}[self.schedule]
+
+        def rate(step):
+            rising = jnp.minimum((step + 1) / max(warmup, 1), 1)
+            x = jnp.clip((step - start) / max(steps - start, 1), 0, 1)
+            return self.learning_rate * rising * (self.floor + (1 - self.floor) * shape(x))
+
+        return rate
+
+    def build(self, parameters: dict[str, jax.Array], steps: int) -> optax.GradientTransformation:
+        """The optax transformation over flat dictionaries {path: array}.
+
+        Args: parameters: {path: nnx.Param}, real or abstract, as `parameters_of` gives them.
+        """
+        letters = {path: weight.letters for path, weight in parameters.items()}
+        decays = {path: weight.decay for path, weight in parameters.items()}
+        adam = optax.scale_by_adam(self.b1, self.b2)
+        if self.name == "adamw":
+            direction = adam
+        elif self.name == "adafactor":
+            direction = optax.chain(scale_by_factored_rms(letters), optax.ema(self.b1, debias=False))
+        else:
+            direction = optax.partition({"matrix": _muon(letters), "other": adam}, muon_labels(letters))
+        return optax.chain(
+            optax.clip_by_global_norm(self.clip) if self.clip else optax.identity(),
+            direction,
+            optax.add_decayed_weights(self.weight_decay, decays),
+            optax.scale_by_learning_rate(self.rate(steps)),
+        )
+
+
+def muon_labels(letters: dict[str, str]) -> dict[str, str]:
+    """{path: "matrix" or "other"}: which parameters Muon takes."""
+    return {path: "matrix" if is_matrix(word) else "other" for path, word in letters.items()}
+
+
+def _muon(letters: dict[str, str]) -> optax.GradientTransformation:
+    """Orthogonalised momentum, scaled to the root mean square that Adam's updates have: 0.2 (arXiv:2502.16982)."""
+    is_mine = lambda value: not isinstance(value, optax.MaskedNode)  # the parameters left to Adam are masked
+
+    def numbers(updates):
+        return {path: optax.contrib.MuonDimensionNumbers(*matrix_axes(letters[path])) if is_mine(update) else update
+                for path, update in updates.items()}
+
+    def scale(path, update):
+        rows, columns = (math.prod(update.shape[axis] for axis in axes) for axes in matrix_axes(letters[path]))
+        return 0.2 * math.sqrt(max(rows, columns)) * update
+
+    resize = optax.stateless(lambda updates, _: {path: scale(path, update) if is_mine(update) else update
+                                                 for path, update in updates.items()})
+    return optax.chain(optax.contrib.scale_by_muon(weight_dimension_numbers=numbers), resize)

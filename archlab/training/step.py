@@ -1,0 +1,114 @@
+"""One step of training: `jax.jit` over plain dictionaries of arrays, whose memory is given back to the result."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from archlab.data.batches import Batch
+from archlab.layers.alphabet import parameters_of
+from archlab.layers.contract import Training, pytree
+from archlab.layers.weights import merge, split
+from archlab.model import LanguageModel, Model
+from archlab.parallel.mesh import optimizer_shardings, parameter_shardings
+
+
+@pytree
+class TrainState:
+    """All that a step changes: parameters and other variables {path: array}, the optimizer's state, steps taken."""
+
+    params: dict[str, jax.Array]
+    rest: dict[str, jax.Array]
+    optimizer: Any
+    step: jax.Array
+
+
+def abstract(config: LanguageModel) -> Model:
+    """The model of a config with shapes in the place of arrays."""
+    return nnx.eval_shape(lambda: config.build(nnx.Rngs(0)))
+
+
+def create_state(config: LanguageModel, transform: optax.GradientTransformation, seed: int, mesh=None):
+    """The model's structure, the state before the first step, and where it lies (None without a mesh).
+
+    Everything is made under one `jit`, so on a mesh each weight is born where it will live.
+    """
+    def make() -> TrainState:
+        _, params, rest = split(config.build(nnx.Rngs(seed)))
+        return TrainState(params, rest, transform.init(params), jnp.zeros((), jnp.int32))
+
+    model, shardings = abstract(config), None
+    structure, params, _ = split(model)
+    if mesh is not None:
+        places, rest = parameter_shardings(model, mesh)
+        whole = NamedSharding(mesh, PartitionSpec())
+        shardings = TrainState(places, rest, optimizer_shardings(transform, params, places), whole)
+    return structure, jax.jit(make, out_shardings=shardings)(), shardings
+
+
+def make_train_step(structure: nnx.GraphDef, transform: optax.GradientTransformation, bytes_per_token: np.ndarray, *,
+                    seed: int = 0, accumulate: int = 1, shardings: TrainState | None = None):
+    """A jitted function `step(state, batch) -> (state, metrics)`; it consumes `state`.
+
+    The loss is the mean of the negative log-likelihood over real targets, plus the losses that layers add. With
+    `accumulate` = n the batch is run as n micro-batches of every n-th row and the sums are divided once: that equals the
+    whole batch where losses are linear in it. Layers' own losses and updates are means over micro-batches.
+
+    Args:
+      bytes_per_token: [V]. seed: of the training form's random numbers; each step has its own.
+    Returns metrics, scalars on the device: loss (nats per target), bits_per_byte, grad_norm, and aux/NAME for each loss
+      that a layer adds.
+    """
+    def loss_of(params, rest, batch: Batch, training: Training, count):
+        model = merge(structure, params, rest)
+        out = model(batch.ids, segment_ids=batch.segments, training=training, logits="none")
+        nll = jnp.sum(model.losses(out.hidden, batch.targets) * batch.weights) / count
+        aux, updates = jax.tree.map(lambda x: x / accumulate, (out.aux.losses, out.aux.updates))
+        return nll + sum(map(jnp.sum, aux.values())), (nll, jax.tree.map(jnp.sum, aux), updates)
+
+    def micro_batches(batch: Batch) -> Batch:  # every n-th row, so that rows spread over a mesh stay where they are
+        cut = lambda a: a.reshape(a.shape[0] // accumulate, accumulate, *a.shape[1:]).swapaxes(0, 1)
+        return jax.tree.map(cut, batch)
+
+    def gradients(state: TrainState, batch: Batch, key, count):
+        def one(batch, i):
+            training = Training(jax.random.fold_in(key, i), state.step)
+            return jax.value_and_grad(loss_of, has_aux=True)(state.params, state.rest, batch, training, count)
+
+        if accumulate == 1:
+            return one(batch, 0)
+        pieces = micro_batches(batch)
+        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype),
+                             jax.eval_shape(one, jax.tree.map(lambda a: a[0], pieces), 0))
+        add = lambda total, piece: (jax.tree.map(jnp.add, total, one(*piece)), None)
+        return jax.lax.scan(add, zeros, (pieces, jnp.arange(accumulate)))[0]
+
+    def step(state: TrainState, batch: Batch):
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        count = jnp.maximum(jnp.sum(batch.weights), 1)
+        (_, (nll, aux, updates)), grads = gradients(state, batch, key, count)
+        moves, optimizer = transform.update(grads, state.optimizer, state.params)
+        new = TrainState(optax.apply_updates(state.params, moves), move(state.rest, updates), optimizer, state.step + 1)
+        length = jnp.sum(jnp.asarray(bytes_per_token)[batch.targets] * batch.weights)
+        metrics = {"loss": nll, "bits_per_byte": nll * count / (jnp.maximum(length, 1) * jnp.log(2.0)),
+                   "grad_norm": optax.global_norm(grads), **{f"aux/{name}": value for name, value in aux.items()}}
+        return new, metrics
+
+    return jax.jit(step, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))
+
+
+def move(rest: dict[str, jax.Array], updates: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """The model's other variables after a layer's updates, which are added: `Aux.updates` names them by path."""
+    unknown = sorted(set(updates) - set(rest))
+    if unknown:
+        raise ValueError(f"updates for variables that the model does not have: {unknown}; it has {sorted(rest)}")
+    return rest | {path: rest[path] + change.astype(rest[path].dtype) for path, change in updates.items()}
+
+
+def parameters(config: LanguageModel) -> dict[str, nnx.Param]:
+    """{path: parameter} of a config, abstract: what `Optimizer.build` wants to know."""
+    return parameters_of(abstract(config))
