@@ -1,0 +1,38 @@
+"""Where a token stands and which step it is at: the signal of the Universal Transformer.
+
+Dehghani et al. 2018 (arXiv:1807.03819), section 2.1, equations 4 and 5.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from archlab.layers.config import Config, require
+from archlab.layers.contract import wide
+
+
+class Coordinates(Config):
+    """Sinusoids of the place i within the document and of the step t, added to the stream before each step:
+
+        P[i, t, 2j] = sin(i / base^(2j/D)) + sin(t / base^(2j/D)),   P[i, t, 2j+1] = the same of cosines,
+
+    times D^-0.5. The published model multiplies its embeddings by sqrt(D) instead; ours have standard deviation
+    D^-0.5, so that the ratio of signal to stream is the published one. Places count from 0 and steps from 1.
+
+    The paper's text has this fixed signal; its later code defaults to a learned vector per step.
+
+    base: the longest wavelength over 2 pi.
+    """
+
+    base: float = 10000.0
+
+    def __post_init__(self):
+        require(self.base > 1, self, "base", "must be above 1")
+
+    def signal(self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], step) -> Float[Array, "B T D"]:
+        """P for each token of `x` at `step` (int from 0, may be traced), in the dtype of `x`; D must be even."""
+        width = x.shape[-1]
+        frequency = self.base ** (-2 * jnp.arange(width // 2, dtype=wide(x).dtype) / width)
+        place = positions[:, :, None].astype(frequency.dtype) * frequency
+        time = (jnp.asarray(step) + 1).astype(frequency.dtype) * frequency
+        pairs = jnp.stack([jnp.sin(place) + jnp.sin(time), jnp.cos(place) + jnp.cos(time)], axis=-1)
+        return (pairs.reshape(x.shape) * width**-0.5).astype(x.dtype)

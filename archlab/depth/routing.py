@@ -1,0 +1,63 @@
+"""Which tokens of a row may pass where only a share of them may: pure functions.
+
+The share is an exact fraction, because two roundings of one budget (here, and in the size of a cache) must agree.
+"""
+
+from fractions import Fraction
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+DENOMINATOR = 1000  # of shares: budgets then fit int32 up to two million tokens
+FREE = 2**29  # a bound that nothing reaches, twice which fits int32
+
+
+def as_share(capacity: float) -> Fraction:
+    """The nearest fraction with a denominator of at most 1000: 0.6666667 is 2/3."""
+    return Fraction(capacity).limit_denominator(DENOMINATOR)
+
+
+def budget(share: Fraction, count):
+    """How many of `count` tokens may pass: `floor(share * count)`; `count` an int or an int32 array.
+
+    Rounded down, the budgets of any documents never exceed the budget of their joint length: whatever is packed into
+    a row of T tokens, `budget(share, T)` slots hold all that pass.
+    """
+    return share.numerator * count // share.denominator
+
+
+def choose_best(scores: Float[Array, "B T"], candidates: Bool[Array, "B T"], share: Fraction,
+                counts: Int[Array, "B"]) -> Bool[Array, "B T"]:
+    """Expert choice: of each row's candidates those with the highest scores, `max(1, budget(share, counts))` of them
+    (all, where they are fewer). It looks ahead. counts [B]: the row's real tokens."""
+    T = scores.shape[1]
+    best = jax.lax.top_k(jnp.where(candidates, scores, -jnp.inf), max(1, budget(share, T)))[1]
+    within = jnp.arange(best.shape[1]) < jnp.maximum(budget(share, counts), 1)[:, None]
+    row = jnp.arange(best.shape[0])[:, None]
+    return candidates & jnp.zeros_like(candidates).at[row, best].set(within)
+
+
+def choose_within_budget(wish: Bool[Array, "B T"], share: Fraction, places: Int[Array, "B T"],
+                         real: Bool[Array, "B T"], passed: Int[Array, "B"]):
+    """First come, first served, causally: a token passes if it wishes to and its document's budget has room.
+
+    Args: places: of each token in its document, counted from 0 where a document begins; passed [B]: how many tokens
+      of the row's last document passed before this piece.
+    Returns: who passes [B, T], and `passed` after the piece.
+
+    The number passed obeys `s_t = min(s_(t-1) + wish_t, budget_t)`. Functions `s -> min(s + add, cap)` compose to
+    such functions, so that one associative scan finds every s; a document's first token forgets s by a huge `add`.
+    """
+    starts = real & (places == 0)
+    cap = jnp.where(real, budget(share, places + 1), FREE)
+    add = jnp.where(starts, FREE, wish.astype(jnp.int32))
+    cap = jnp.where(starts, jnp.minimum(cap, wish.astype(jnp.int32)), cap)
+
+    def compose(f, g):
+        return jnp.minimum(f[0] + g[0], FREE), jnp.minimum(f[1] + g[0], g[1])
+
+    add, cap = jax.lax.associative_scan(compose, (add, cap), axis=1)
+    after = jnp.minimum(passed[:, None] + add, cap)
+    before = jnp.where(starts, 0, jnp.concatenate([passed[:, None], after[:, :-1]], axis=1))
+    return after > before, after[:, -1]
