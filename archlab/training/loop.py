@@ -163,6 +163,8 @@ def train(run: Run, corpus: Corpus | None = None, tokenizer=None, *, out: str | 
                     checkpoints.save(step, state, batches.get_state(), run, recorder.seconds)
                 recorder.start_clock()
             if stopping and not last:
+                progress.say(f"interrupted: step {step} is saved, the same command goes on from there" if checkpoints
+                             else f"interrupted after step {step}; nothing was to be saved")
                 raise Interrupted(step)
         if evaluation is None:  # all steps had been taken before
             evaluation = evaluate(evaluate_step, state.params, state.rest, held_out, mesh)

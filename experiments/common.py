@@ -1,0 +1,96 @@
+"""What the experiments share: models by name or file, `--set`, processes, and errors without tracebacks."""
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from absl import app, flags, logging
+
+from archlab.layers.config import near
+from archlab.model import LanguageModel
+from archlab.zoo import get_config
+
+
+def define_processes() -> None:
+    """The flags of a run over several processes; `launch.local` fills them in."""
+    flags.DEFINE_bool("distributed", False, "Join other processes (jax.distributed); on a pod the rest is found out.")
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where it cannot be found out.")
+    flags.DEFINE_integer("processes", None, "How many processes there are, where it cannot be found out.")
+    flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+
+
+def join_processes() -> None:
+    """Joins the other processes if `--distributed` asks for it. Call it before anything touches a device."""
+    import jax
+
+    if flags.FLAGS.distributed:
+        jax.distributed.initialize(flags.FLAGS.coordinator, flags.FLAGS.processes, flags.FLAGS.process_id)
+
+
+def model_config(model: str, changes: list[str], dtype: str | None = None) -> LanguageModel:
+    """The config that `--model`, `--set` and `--dtype` describe.
+
+    Args: model: a name of the zoo, or a Python file with a `CONFIG` (it is run: use files of your own). changes:
+      "path=value" each, as in "body.n=4". dtype: of the computation, None for the config's own.
+    """
+    if model.endswith(".py"):
+        config = _config_of_file(Path(model))
+    else:
+        config = get_config(model)
+    for change in changes:
+        path, equals, value = change.partition("=")
+        if not equals:
+            raise ValueError(f"--set {change!r}: it must be path=value, as in body.n=4")
+        config = config.set(path, value)
+    return config.set("dtype", dtype) if dtype else config
+
+
+def run(main: Callable[[], None]) -> None:
+    """Parses flags and calls `main`. Bad input ends with its message and exit code 2, without a traceback."""
+    def parse(argv):
+        try:
+            rest = flags.FLAGS(argv)
+        except flags.UnrecognizedFlagError as error:
+            leave(f"there is no flag --{error.flagname}; {near(error.flagname, _own_flags(argv[0]))}")
+        except flags.Error as error:
+            leave(str(error))
+        if len(rest) > 1:
+            leave(f"{rest[1]!r} is no flag; flags are written --name=value")
+        return rest
+
+    def guarded(_):
+        logging.set_verbosity(logging.WARNING)
+        try:
+            main()
+        except ValueError as error:
+            if flags.FLAGS.debug:
+                raise
+            leave(str(error))
+
+    flags.DEFINE_bool("debug", False, "Show the traceback of an error in the input.")
+    app.run(guarded, flags_parser=parse)
+
+
+def leave(message: str, code: int = 2) -> NoReturn:
+    """Ends the process with a message and an exit code."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _config_of_file(path: Path) -> LanguageModel:
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    config = getattr(module, "CONFIG", None)
+    if not isinstance(config, LanguageModel):
+        raise ValueError(f"{path} must define CONFIG, a LanguageModel; it is {type(config).__name__}")
+    return config
+
+
+def _own_flags(program: str) -> list[str]:
+    return [flag.name for flag in flags.FLAGS.get_key_flags_for_module(program)] or list(flags.FLAGS)
