@@ -20,7 +20,6 @@ from flax import nnx
 from archlab.analysis.flops import Flops, count
 from archlab.layers.alphabet import parameters_of
 from archlab.layers.contract import Training
-from archlab.layers.repeat import Repeat
 from archlab.model import LanguageModel
 from archlab.zoo import get_config
 
@@ -109,16 +108,17 @@ def abstract(config: LanguageModel) -> nnx.Module:
     Repeated units are scanned: the same numbers from one traced body. Computation is in float32, in which no platform
     puts a kernel of its own, whose operations could not be seen, in the place of a layer's.
     """
-    scanned = config.map(lambda c: dataclasses.replace(c, scan=True) if isinstance(c, Repeat) else c)
+    scanned = config.map(lambda c: dataclasses.replace(c, scan=True) if hasattr(c, "scan") else c)
     return nnx.eval_shape(lambda: dataclasses.replace(scanned, dtype="float32").build(nnx.Rngs(0)))
 
 
-def short(number: float, thousand: int = 1000) -> str:
-    """Three digits and a unit: 1234567 gives "1.23 M"."""
+def short(number: float, pad: bool = True) -> str:
+    """Three digits and a unit: 1200000 gives "1.20 M", without `pad` "1.2 M"; whole numbers below 1000 as they are."""
     units = ["", " k", " M", " G", " T", " P", " E"]
+    pad = pad and not (abs(number) < 999.5 and number == int(number))
     while abs(number) >= 999.5 and len(units) > 1:
-        number, units = number / thousand, units[1:]
-    return f"{number:.3g}{units[0]}"
+        number, units = number / 1000, units[1:]
+    return f"{number:{'#' if pad else ''}.3g}".rstrip(".") + units[0]
 
 
 def _parameters(model: nnx.Module) -> Parameters:

@@ -18,7 +18,8 @@ def active_body(config: LanguageModel) -> int:
     return count_parameters(config).active_body
 
 
-def match(config: LanguageModel, target: float, measure: Callable[[LanguageModel], float] = active_body) -> LanguageModel:
+def match(config: LanguageModel, target: float,
+          measure: Callable[[LanguageModel], float] = active_body) -> LanguageModel:
     """The same architecture at the width where `measure` is within 3% of `target`.
 
     The fields of `SCALED` that hold a number grow in proportion to the width; the numbers of layers, heads and experts

@@ -1,0 +1,183 @@
+"""Figures of a comparison, in one style and with one colour for each architecture.
+
+Figures are made without a display or global state, and saved as PNG or SVG by the name of the file. `inline_svg` gives
+a figure as a fragment for a page, which takes its ink from the page's own colours.
+"""
+
+import io
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+import matplotlib.ticker
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+
+from archlab.analysis.accounts import short
+
+COLOURS = ("#3f6fd8", "#dd7a32", "#2c9c72", "#8b5fd3", "#cf4a63", "#2499b3", "#b08a22", "#77808c", "#a4562f", "#5c8a2e")
+INK, MUTED, LINE, PAPER, HOT = "#24292f", "#6b7480", "#dfe3e8", "#fefefe", "#3f6fd9"
+PAGE_COLOURS = {INK: "ink", MUTED: "muted", LINE: "line", PAPER: "paper"}  # names of CSS variables
+STYLE = {
+    "figure.figsize": (5.6, 3.7), "figure.dpi": 160, "figure.facecolor": PAPER, "savefig.facecolor": PAPER,
+    "axes.facecolor": "none", "axes.edgecolor": LINE, "axes.labelcolor": MUTED, "axes.titlecolor": INK,
+    "axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.titlepad": 12,
+    "axes.labelsize": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+    "axes.axisbelow": True, "grid.color": LINE, "grid.linewidth": 0.7, "text.color": INK, "font.size": 9,
+    "xtick.color": LINE, "ytick.color": LINE, "xtick.labelcolor": MUTED, "ytick.labelcolor": MUTED,
+    "xtick.labelsize": 8.5, "ytick.labelsize": 8.5, "xtick.minor.size": 0, "ytick.minor.size": 0,
+    "lines.linewidth": 1.8, "lines.solid_capstyle": "round", "svg.fonttype": "none", "text.parse_math": False,
+}
+
+styled = matplotlib.rc_context(STYLE)  # as a decorator: matplotlib's settings are ours inside the function only
+
+
+def palette(names: Iterable[str]) -> dict[str, str]:
+    """A colour for each name, in their order; give every figure of a page the same palette."""
+    return {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(dict.fromkeys(names))}
+
+
+@styled
+def lines(series: Mapping[str, Sequence[tuple]], colours: Mapping[str, str], title: str, x_label: str, y_label: str,
+          log: str = "", settle: float = 0.1) -> Figure:
+    """Curves, named at their right ends.
+
+    Args:
+      series: name -> one (x, y) pair of equally long arrays for each run (seed); runs share their colour.
+      log: which axes are logarithmic: "", "x", "y" or "xy".
+      settle: the y axis begins where the curves are after this share of the x axis: a loss's first steps say nothing.
+    """
+    fig, ax = _axes(title, x_label, y_label, log)
+    ends, begins = {}, []
+    for name, runs in series.items():
+        runs = [tuple(np.asarray(axis, float) for axis in run) for run in runs]
+        runs = [(x[np.isfinite(y)], y[np.isfinite(y)]) for x, y in runs]
+        for x, y in (run for run in runs if len(run[0])):
+            dot = {"marker": "o", "markersize": 3.5} if len(x) <= 8 else {}
+            ax.plot(x, y, color=colours[name], alpha=1 if len(runs) == 1 else 0.6, **dot)
+            ends.setdefault(name, []).append(y[-1])
+            begins += [y[np.searchsorted(x, settle * x[-1])], y.min(), y[-1]]
+    if begins and "y" not in log:
+        low, high = min(begins), max(begins)
+        ax.set_ylim(low - 0.06 * (high - low or 1), high + 0.06 * (high - low or 1))
+    _fill_decades(ax, log)
+    _name_ends(ax, {name: float(np.mean(y)) for name, y in ends.items()}, colours)
+    return fig
+
+
+@styled
+def scatter(points: Mapping[str, tuple[float, float]], colours: Mapping[str, str], title: str, x_label: str,
+            y_label: str, log: str = "x") -> Figure:
+    """One named dot for each (x, y)."""
+    fig, ax = _axes(title, x_label, y_label, log)
+    for name, (x, y) in points.items():
+        ax.scatter([x], [y], s=64, color=colours[name], edgecolor=PAPER, linewidth=1.2, zorder=3)
+    ax.margins(x=0.14, y=0.16)
+    ax.set_xlim(ax.get_xlim())
+    _fill_decades(ax, log)
+    to_axes = lambda x, y: ax.transAxes.inverted().transform(ax.transData.transform((x, y)))
+    taken: list[tuple[float, float]] = []
+    for name, (x, y) in sorted(points.items(), key=lambda item: item[1][1]):
+        across, up = to_axes(x, y)
+        while any(abs(across - a) < 0.3 and abs(up - u) < 0.06 for a, u in taken):
+            up += 0.02  # names of dots that lie close go one above another
+        taken.append((across, up))
+        right = across < 0.7
+        ax.text(across + (0.025 if right else -0.025), up, name, color=colours[name], va="center", fontsize=9,
+                ha="left" if right else "right", transform=ax.transAxes)
+    return fig
+
+
+@styled
+def heatmap(load: np.ndarray, title: str, x_label: str = "expert", y_label: str = "layer",
+            rows: Sequence[str] | None = None) -> Figure:
+    """Shares [layers, experts] of the tokens, drawn as multiples of an equal share: 1 is perfect balance."""
+    load = np.asarray(load, float)
+    layers, experts = load.shape
+    relative = load / np.maximum(load.sum(1, keepdims=True), 1e-30) * experts
+    fig, ax = _axes(title, x_label, y_label, "", height=max(2.2, 1.3 + 0.34 * layers))
+    shades = LinearSegmentedColormap.from_list("load", ["#eef2fb", "#9db8f0", HOT, "#1c3a80"], N=48)
+    top = max(2.0, float(relative.max()))
+    mesh = ax.pcolormesh(relative, cmap=shades, vmin=0, vmax=top, edgecolor=PAPER, linewidth=1.5)
+    for (i, j), value in np.ndenumerate(relative) if experts <= 16 else ():
+        ax.text(j + 0.5, i + 0.5, f"{value:.2f}", ha="center", va="center", fontsize=7.5,
+                color="#ffffff" if value > 0.55 * top else "#1f2a44")
+    ax.grid(False)
+    ax.spines[:].set_visible(False)
+    ax.tick_params(length=0)
+    step = max(1, experts // 16)
+    ax.set_xticks(np.arange(0, experts, step) + 0.5, [str(j) for j in range(0, experts, step)])
+    ax.set_yticks(np.arange(layers) + 0.5, list(rows) if rows is not None else [str(i) for i in range(layers)])
+    ax.invert_yaxis()
+    bar = fig.colorbar(mesh, ax=ax, pad=0.02, fraction=0.04)
+    bar.outline.set_visible(False)
+    bar.solids.set(rasterized=False, edgecolor="face")
+    bar.set_label("times an equal share", color=MUTED)
+    return fig
+
+
+@styled
+def save(figure: Figure, path: str | Path) -> Path:
+    """Writes a .png or .svg."""
+    figure.savefig(path)
+    return Path(path)
+
+
+@styled
+def inline_svg(figure: Figure, prefix: str) -> str:
+    """The figure as an <svg> element for a page: no namespaces or metadata, ids of its own (they begin with `prefix`),
+    the page's fonts, and for ink, lines and paper the page's CSS variables."""
+    out = io.StringIO()
+    figure.savefig(out, format="svg", facecolor="none")
+    text = out.getvalue()
+    text = text[text.index("<svg"):]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", text).replace("xlink:href", "href")
+    text = re.sub(r'\bid="', f'id="{prefix}-', text)
+    text = re.sub(r'(url\(|href=")#', rf"\g<1>#{prefix}-", text)
+    text = re.sub(r"font: (?:\w+ )*?([\d.]+px) [^;\"]*", r"font-size: \1", text)
+    for colour, name in PAGE_COLOURS.items():
+        text = text.replace(colour, f"var(--{name})")
+    return re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', r'<svg \1 role="img">', text, count=1)
+
+
+def _axes(title: str, x_label: str, y_label: str, log: str, height: float | None = None):
+    width, usual = STYLE["figure.figsize"]
+    fig = Figure((width, height or usual), layout="constrained")
+    FigureCanvasAgg(fig)
+    ax = fig.add_subplot()
+    ax.set(title=title, xlabel=x_label, ylabel=y_label)
+    for axis, name in ((ax.xaxis, "x"), (ax.yaxis, "y")):
+        if name in log:
+            getattr(ax, f"set_{name}scale")("log")
+            axis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+        else:
+            axis.set_major_locator(matplotlib.ticker.MaxNLocator(5, steps=(1, 2, 2.5, 5, 10)))
+        axis.set_major_formatter(lambda value, _: short(value, pad=False))
+    return fig, ax
+
+
+def _fill_decades(ax, log: str) -> None:
+    """Ticks at 1, 2 and 5 on logarithmic axes too short for powers of ten alone."""
+    for axis, name in ((ax.xaxis, "x"), (ax.yaxis, "y")):
+        low, high = axis.get_view_interval()
+        if name in log and high < 100 * low:
+            axis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+
+
+def _name_ends(ax, ends: Mapping[str, float], colours: Mapping[str, str], gap: float = 0.065) -> None:
+    """Names at the right margin at the heights of `ends`, pushed apart where they would overlap."""
+    height = lambda y: ax.transAxes.inverted().transform(ax.transData.transform((ax.get_xlim()[1], y)))[1]
+    at = sorted((float(height(y)), name) for name, y in ends.items())
+    heights = [h for h, _ in at]
+    for i in range(1, len(at)):
+        heights[i] = max(heights[i], heights[i - 1] + gap)
+    ceiling = 1.0
+    for i in reversed(range(len(at))):  # those pushed out at the top come down again
+        heights[i] = min(heights[i], ceiling)
+        ceiling = heights[i] - gap
+    for h, (_, name) in zip(heights, at):
+        ax.text(1.02, h, name, transform=ax.transAxes, color=colours[name], va="center", fontsize=9)
