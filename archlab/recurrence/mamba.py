@@ -14,6 +14,7 @@ from archlab.layers.alphabet import parameter, project
 from archlab.layers.config import LayerConfig, require
 from archlab.layers.contract import Aux, Layer, Place, Tokens, document_starts, pytree, wide
 from archlab.layers.norms import RMSNorm
+from archlab.layers.sharding import per_shard
 from archlab.recurrence.convolution import CausalConv, ConvState
 from archlab.recurrence.selective_scan import selective_scan
 
@@ -92,7 +93,8 @@ class MambaModule(Layer):
         past = self.init_state(x.shape[0], 0, x.dtype) if state is None else state
         starts, last = document_starts(tokens.segments, past.segment)
         A = -jnp.exp(wide(self.A_log[...]))
-        y, hidden = selective_scan(u, dt, A, B, C, starts, past.hidden)
+        scan = per_shard(selective_scan, "BTF BTF FN BTN BTN BT BFN", "BTF BFN")
+        y, hidden = scan(u, dt, A, B, C, starts, past.hidden)
         y = (y + self.skip[...] * wide(u)).astype(x.dtype) * jax.nn.silu(project(x, self.gate, "BTD,DF->BTF"))
 
         state = None if state is None else MambaState(conv, hidden, last)
