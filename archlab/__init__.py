@@ -8,7 +8,9 @@ inference, parallel, analysis.
 """
 
 from archlab.analysis.accounts import profile
+from archlab.inference.generation import generate
+from archlab.training.saving import load, save
 from archlab.zoo import create_model, get_config, list_models
 
 __version__ = "0.1.0"
-__all__ = ["create_model", "get_config", "list_models", "profile"]
+__all__ = ["create_model", "generate", "get_config", "list_models", "load", "profile", "save"]

@@ -35,12 +35,14 @@ class KVCache:
         total = self.cursor + real.sum(1, dtype=jnp.int32)
         kept = real & (order >= total[:, None] - slots)
         slot = jnp.where(kept, order % slots, slots)  # an index past the end is dropped
-        row = jnp.arange(keys.shape[0])[:, None]
+        row, head = jnp.arange(keys.shape[0])[:, None], jnp.arange(keys.shape[1])[:, None]
 
         def put(store, new):
             return store.at[row, slot].set(new.astype(store.dtype), mode="drop")
 
         def put_heads(store, new):
+            if new.shape[2] == 1:  # one write a head: of one write a row, XLA's CPU compiler makes two, and three copies
+                return store.at[row[:, None], head, slot[:, None]].set(new.astype(store.dtype), mode="drop")
             return store.at[row, :, slot].set(jnp.swapaxes(new, 1, 2).astype(store.dtype), mode="drop")
 
         return KVCache(put_heads(self.keys, keys), put_heads(self.values, values),
