@@ -107,6 +107,8 @@ def train(run: Run, corpus: Corpus | None = None, tokenizer=None, *, out: str | 
     place = (lambda batch: batch) if mesh is None else (lambda batch: global_batch(batch, mesh))
     batches = train_batches(corpus, tokenizer, run.context, run.batch, run.seed, *share)
     held_out = validation_batches(corpus, tokenizer, run.context, run.batch, eval_batches, *share)
+    # before the mesh is entered: this one is measured on a single device
+    peak = flops_per_token and peak_flops(run.model.dtype or "float32") / flops_per_token
 
     with contextlib.ExitStack() as stack:
         if mesh is not None:
@@ -135,7 +137,6 @@ def train(run: Run, corpus: Corpus | None = None, tokenizer=None, *, out: str | 
         compile_seconds = time.perf_counter() - began
         evaluate_step = make_evaluate_step(structure, tokenizer.bytes_per_token)
 
-        peak = flops_per_token and peak_flops(run.model.dtype or "float32") / flops_per_token
         progress = Progress(name, run.steps, start, quiet or jax.process_index() > 0)
         stack.callback(progress.close)
         if start:
