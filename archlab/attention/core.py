@@ -58,16 +58,17 @@ def _attend_blocks(q, k, v, segments, positions, block: int = BLOCK):
     T = q.shape[2]
     block = max(block, -(-T // 32))  # at most 32 blocks: compile time grows with their number
 
-    @jax.checkpoint
-    def one(q, k, v, query_segments, query_positions, key_segments, key_positions):
-        return attend_plain(q, k, v, visible(query_segments, query_positions, key_segments, key_positions))
-
     outs = []
     for start in range(0, T, block):
         end = min(start + block, T)
-        outs.append(one(q[:, :, start:end], k[:, :, :end], v[:, :, :end], segments[:, start:end],
-                        positions[:, start:end], segments[:, :end], positions[:, :end]))
+        outs.append(_attend_block(q[:, :, start:end], k[:, :, :end], v[:, :, :end], segments[:, start:end],
+                                  positions[:, start:end], segments[:, :end], positions[:, :end]))
     return jnp.concatenate(outs, axis=2)
+
+
+@jax.checkpoint  # one function for all layers: what was traced for the first serves the others
+def _attend_block(q, k, v, query_segments, query_positions, key_segments, key_positions):
+    return attend_plain(q, k, v, visible(query_segments, query_positions, key_segments, key_positions))
 
 
 def _attend_window(q, k, v, segments, positions, window: int):
