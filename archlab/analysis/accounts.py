@@ -3,11 +3,11 @@
 Nothing is allocated or compiled: modules, states and programs are abstract.
 
 Conventions. A multiply-add is two operations. Forward FLOPs are those of the program itself, the head included and the
-embedding's look-up free: causal attention costs about half of a full score matrix (what its blocks compute), routed
-experts what their dispatch computes. The training step is three forward passes of the training form (the backward pass
-does every product twice; capacity and routing as in training), and recomputation is not counted: model FLOPs, not
-hardware FLOPs. For a dense model at a short context this is the familiar 6N a token, with N the active parameters less
-the look-up table. Decoding is one token at the end of a full context.
+embedding's look-up free: causal attention costs about half of a full score matrix (what its blocks compute), experts
+cost what is routed to them. The training step is three forward passes of the training form (the backward pass does
+every product twice; capacity and routing as in training), and recomputation is not counted: model FLOPs, not hardware
+FLOPs. For a dense model at a short context this is the familiar 6N a token, with N the active parameters less the
+look-up table. Decoding is one token at the end of a full context.
 """
 
 import dataclasses
@@ -22,6 +22,8 @@ from archlab.layers.alphabet import parameters_of
 from archlab.layers.contract import Training
 from archlab.model import LanguageModel
 from archlab.zoo import get_config
+
+ROWS = 256  # texts over which a pass is counted: what experts' rows round up to whole blocks vanishes among so many
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,14 +45,19 @@ class Parameters:
     def active_body(self) -> int:
         return self.active - self.embedding
 
+    @property
+    def unique(self) -> int:
+        """Another word for `total`: weights are stored, and counted, once; `applied` counts every use."""
+        return self.total
+
 
 @dataclasses.dataclass(frozen=True)
 class Profile:
     """What an architecture costs; `print` shows a table.
 
-    FLOPs are per token. forward: evaluation of a text of `context` tokens. training: forward and backward of one in
-    the training form. decode: one token with `context` tokens before it. state_bytes: what `batch` rows remember of
-    `context` tokens, in the compute dtype.
+    FLOPs are per token. forward: evaluation of texts of `context` tokens. training: forward and backward in the
+    training form. decode: one row's next token, with a state that holds `context`. state_bytes: what `batch` rows
+    remember of `context` tokens, in the compute dtype.
     """
 
     context: int
@@ -83,23 +90,27 @@ def profile(config: LanguageModel | str, context: int = 4096, batch: int = 1) ->
     for name, value in (("context", context), ("batch", batch)):
         if value < 1:
             raise ValueError(f"profile: {name} = {value!r}: must be at least 1")
-    model, tokens = abstract(config), batch * context
-    ids = lambda length: jax.ShapeDtypeStruct((batch, length), jnp.int32)
+    model, state = abstract(config), _state(config, context, 1)
+    ids = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
     training = Training(jax.eval_shape(lambda: jax.random.key(0)), jax.ShapeDtypeStruct((), jnp.int32))
-    dtype = jnp.dtype(config.dtype or jnp.float32)
-    state = jax.eval_shape(lambda m: m.init_state(batch, context, dtype), model)
+    texts, tokens = ids(ROWS, context), ROWS * context
     return Profile(
         context, batch, _parameters(model),
-        forward=count(lambda m, i: m(i).logits, model, ids(context)) / tokens,
-        training=count(lambda m, i, t: m(i, training=t).logits, model, ids(context), training) * 3 / tokens,
-        decode=count(lambda m, i, s: m(i, state=s).logits, model, ids(1), state) / batch,
-        state_bytes=sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)),
+        forward=count(lambda m, i: m(i).logits, model, texts) / tokens,
+        training=count(lambda m, i, t: m(i, training=t).logits, model, texts, training) * 3 / tokens,
+        decode=count(lambda m, i, s: m(i, state=s).logits, model, ids(1, 1), state),
+        state_bytes=state_bytes(config, context, batch),
     )
 
 
 def count_parameters(config: LanguageModel) -> Parameters:
     """The numbers of weights alone: cheaper than the whole profile."""
     return _parameters(abstract(config))
+
+
+def state_bytes(config: LanguageModel, context: int, batch: int = 1) -> int:
+    """What `batch` rows remember of `context` tokens, in bytes, with caches in the compute dtype."""
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(_state(config, context, batch)))
 
 
 def abstract(config: LanguageModel) -> nnx.Module:
@@ -119,6 +130,11 @@ def short(number: float, pad: bool = True) -> str:
     while abs(number) >= 999.5 and len(units) > 1:
         number, units = number / 1000, units[1:]
     return f"{number:{'#' if pad else ''}.3g}".rstrip(".") + units[0]
+
+
+def _state(config: LanguageModel, context: int, batch: int):
+    dtype = jnp.dtype(config.dtype or jnp.float32)
+    return jax.eval_shape(lambda model: model.init_state(batch, context, dtype), abstract(config))
 
 
 def _parameters(model: nnx.Module) -> Parameters:

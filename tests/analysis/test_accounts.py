@@ -10,6 +10,9 @@ from flax import nnx
 import archlab
 from archlab.analysis.accounts import abstract, count_parameters, short
 from archlab.analysis.flops import count
+from archlab.attention import core
+from archlab.experts.moe import MoE
+from archlab.experts.routers import TopK
 from archlab.layers.alphabet import parameters_of
 from archlab.layers.repeat import Repeat, Shared
 
@@ -43,6 +46,7 @@ def test_mamba_matmuls_and_scan_follow_the_closed_formula():
 @pytest.mark.parametrize("name", ["transformer-nano", "mamba-nano"])
 def test_training_is_the_real_gradient_without_recomputation(name, monkeypatch):
     monkeypatch.setattr(jax, "checkpoint", lambda fn, **_: fn)
+    monkeypatch.setattr(core, "_attend_block", core._attend_block.__wrapped__)
     context, model = 128, abstract(archlab.get_config(name))
     structure, weights = nnx.split(model)
     ids = jax.ShapeDtypeStruct((1, context), jnp.int32)
@@ -81,6 +85,45 @@ def test_shared_weights_count_once_and_apply_every_time():
     assert shared.applied == six.applied == six.total
     untied = dataclasses.replace(config, body=Repeat(unit, 6))
     assert archlab.profile(tied, 64).forward == archlab.profile(untied, 64).forward
+
+
+@pytest.mark.parametrize("capacity_factor", [None, 1.25])
+def test_experts_count_by_how_many_each_token_goes_to(capacity_factor):
+    T, D, F, L, V, E, k = 1024, 128, 256, 6, 256, 16, 2
+    moe = MoE(E, F, TopK(k, softmax="after"), capacity_factor)
+    config = archlab.get_config("transformer-tiny").set("body.unit.layers.1.layer", moe)
+    profile, p = archlab.profile(config, T), count_parameters(config)
+    dense = L * (4 * D * D + D * E + 2 * D) + D
+    experts = L * 3 * D * F
+    assert p.total == dense + E * experts + V * D
+    assert p.active == p.applied == dense + k * experts + V * D
+    attention = L * (4 * D * D + D * E + D * (T + 128))
+    assert profile.forward.matmul == pytest.approx(2 * (attention + k * experts + D * V), rel=0.01)
+    trained = attention + k * (capacity_factor or 1) * experts + D * V  # a buffer's empty rows are multiplied too
+    assert profile.training.matmul == pytest.approx(6 * trained, rel=0.01)
+    assert profile.decode.matmul == pytest.approx(2 * (attention + L * D * (T - 128) + k * experts + D * V), rel=0.01)
+
+
+def test_recurrent_units_count_once_and_apply_at_every_step():
+    T, D, F, V, n = 256, 48, 128, 256, 3
+    unit, act = 4 * D * D + 3 * D * F + 2 * D, D + 1
+    profile = archlab.profile("universal-transformer-nano", T)
+    p = profile.parameters
+    assert p.total == p.active == unit + act + D + V * D
+    assert p.applied == n * (unit + act) + D + V * D
+    products = n * (4 * D * D + 3 * D * F + D + D * (T + 128)) + D * V
+    assert profile.forward.matmul == pytest.approx(2 * products, rel=0.01)
+
+
+def test_recursions_for_fewer_tokens_cost_less():
+    config = archlab.get_config("mixture-of-recursions-tiny")
+    by = lambda capacities: archlab.profile(config.set("body.layers.1.capacities", capacities), 256)
+    full, less = by((1.0, 1.0, 1.0)), by((1.0, 0.5, 0.25))
+    unit = full.parameters.applied - full.parameters.total
+    assert unit * 1.75 / 3 < unit and less.parameters.total == full.parameters.total
+    assert less.parameters.applied - less.parameters.total == pytest.approx(unit * 0.75 / 2, rel=1e-3)
+    assert less.training.matmul < 0.7 * full.training.matmul
+    assert less.state_bytes < full.state_bytes
 
 
 def test_neither_the_way_of_repeating_nor_the_dtype_changes_operations():

@@ -16,9 +16,9 @@ from archlab.layers.sequence import Sequence
 from archlab.model import LanguageModel
 
 
-@pytest.mark.parametrize("name", archlab.list_models("*-tiny"))
-@pytest.mark.parametrize("target", [400_000, 1_230_000, 9_000_000])
-def test_every_architecture_reaches_every_target(name, target):
+@pytest.mark.parametrize("name, target", [("transformer-tiny", 400_000), ("transformer-tiny", 30_000_000)]
+                         + [(name, 2_500_000) for name in archlab.list_models("*-tiny")])
+def test_every_architecture_reaches_its_target(name, target):
     config = archlab.get_config(name)
     matched = match(config, target)
     assert count_parameters(matched).active_body == pytest.approx(target, rel=0.03)
