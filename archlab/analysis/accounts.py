@@ -42,6 +42,11 @@ class Parameters:
     embedding: int
 
     @property
+    def unique(self) -> int:
+        """Distinct weights: the total itself, since none is stored twice. What using them again adds is in `applied`."""
+        return self.total
+
+    @property
     def active_body(self) -> int:
         return self.active - self.embedding
 

@@ -86,7 +86,7 @@ def test_shared_weights_count_once_and_apply_every_time():
     tied = dataclasses.replace(config, body=Repeat(Shared(unit), 6))
     once, six = (count_parameters(dataclasses.replace(config, body=Repeat(unit, n))) for n in (1, 6))
     shared = count_parameters(tied)
-    assert shared.total == shared.active == once.total
+    assert shared.total == shared.unique == shared.active == once.total
     assert shared.applied == six.applied == six.total
     untied = dataclasses.replace(config, body=Repeat(unit, 6))
     assert archlab.profile(tied, 64).forward == archlab.profile(untied, 64).forward
