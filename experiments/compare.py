@@ -1,0 +1,162 @@
+"""Trains several architectures on the same text under the same budget, and draws what came of it.
+
+    python -m experiments.compare --preset=quick --out=runs/compare
+
+Leaves under --out: results.csv (a row per architecture), runs.csv (a row per training run), report.html (one file, no
+network), figures as PNG, and each run's folder with metrics and checkpoints. Called again it does only what is missing.
+
+--match=flops (the default): equal training FLOPs, so the numbers of tokens differ; all read one order of the data from
+its start. --match=params: widths are changed until active parameters without embeddings agree within 3%, and all read
+the same tokens. Every model gets the same number of learning-rate trials, of one full run each.
+
+On 4 cores, --preset=quick takes about COST minutes.
+"""
+
+import json
+import os
+import time
+from pathlib import Path
+
+from absl import flags
+
+from archlab.analysis import comparison
+from experiments import common
+
+SIX = ["transformer-tiny", "universal-transformer-tiny", "mixture-of-experts-tiny", "mamba-tiny",
+       "mixture-of-recursions-tiny", "jamba-tiny"]
+# Found by three trials each at the quick preset's budget, see docs/learning_rates.md; others start at 3e-3.
+LEARNING_RATES = {}
+PRESETS = {"quick": dict(flops=2.0e12, seeds=1, lr_trials=1), "hour": dict(flops=1.0e13, seeds=3, lr_trials=3)}
+
+FLAGS = flags.FLAGS
+flags.DEFINE_list("models", SIX, "Names of the zoo, or Python files of yours with a CONFIG.")
+flags.DEFINE_multi_string("set", [], "path=value: changes a field of every model's config. Repeatable.")
+flags.DEFINE_enum("preset", "quick", list(PRESETS), "quick: one seed; hour: three seeds, three learning rates.")
+flags.DEFINE_enum("match", "flops", ["flops", "params"], "What is equal: training FLOPs, or active parameters.")
+flags.DEFINE_float("flops", None, "Training FLOPs a run, with --match=flops. The preset's by default.")
+flags.DEFINE_float("tokens", None, "Tokens a run, with --match=params. As many as the first model gets by default.")
+flags.DEFINE_integer("seeds", None, "Runs of each model at its best learning rate. The preset's by default.")
+flags.DEFINE_integer("lr_trials", None, "Learning rates tried for each model, a factor 3 apart. The preset's by default.")
+flags.DEFINE_string("data", "stdlib", "The corpus: stdlib, text:GLOB or tfds:NAME[/CONFIG].")
+flags.DEFINE_string("tokenizer", "bytes", "bytes, bpe:VOCAB or the path of a tokenizer.json.")
+flags.DEFINE_integer("batch", 8, "Rows a step.")
+flags.DEFINE_integer("context", 256, "Tokens a row.")
+flags.DEFINE_integer("eval_batches", 16, "Validation batches behind each figure: the same for every model.")
+flags.DEFINE_string("out", "runs/compare", "The folder of the comparison.")
+
+
+
+class Work:
+    """The training runs of a comparison, each done once and kept in a folder with its `result.json`."""
+
+    def __init__(self, corpus, tokenizer, total: int):
+        self.corpus, self.tokenizer, self.total = corpus, tokenizer, total
+        self.rows, self.began, self.trained = [], time.perf_counter(), 0
+
+    def row(self, name: str, run, flops_per_token: float) -> dict:
+        """The figures of one run: from its folder if it is finished there, else by training (or going on with) it."""
+        folder = Path(FLAGS.out) / "runs" / f"{name}-lr{run.optimizer.learning_rate:.1e}-seed{run.seed}"
+        done = folder / "result.json"
+        if done.is_file():
+            row = json.loads(done.read_text())
+            if row["run"] != json.loads(run.to_json()):
+                raise ValueError(f"{folder} holds a run of other settings: give another --out, or remove it")
+        else:
+            row = self._train(name, run, flops_per_token, folder)
+            part = done.with_suffix(".part")
+            part.write_text(json.dumps(row))
+            os.replace(part, done)
+        self.rows.append(row)
+        return row
+
+    def _train(self, name: str, run, flops_per_token: float, folder: Path) -> dict:
+        from archlab.inference.timing import state_bytes, time_generation
+        from archlab.training.loop import train
+
+        place = f"[{len(self.rows) + 1}/{self.total}] {name}"
+        result = train(run, self.corpus, self.tokenizer, out=folder, name=place, eval_every=max(1, run.steps // 6),
+                       eval_batches=FLAGS.eval_batches, flops_per_token=flops_per_token, tensorboard=False)
+        model = result.model
+        speed = time_generation(model, context=run.context, new_tokens=32)
+        self.trained += 1
+        spent, left = time.perf_counter() - self.began, self.total - len(self.rows) - 1
+        print(f"{place}: {result.evaluation.bits_per_byte:.3f} bits/byte; "
+              f"{left} runs to go, about {spent / self.trained * left / 60:.0f} min", flush=True)
+        return {
+            "model": name, "seed": run.seed, "learning_rate": run.optimizer.learning_rate, "folder": str(folder),
+            "steps": run.steps, "tokens": run.steps * run.batch * run.context,
+            "training_flops": flops_per_token * run.steps * run.batch * run.context,
+            "validation_bits_per_byte": result.evaluation.bits_per_byte,
+            "train_tokens_per_second": result.tokens_per_second, "compile_seconds": result.compile_seconds,
+            "first_token_seconds": speed.first_token, "decode_tokens_per_second": speed.tokens_per_second,
+            "state_bytes": {context: state_bytes(model, context) for context in comparison.CONTEXTS},
+            "history": result.history, "run": json.loads(run.to_json()),
+        }
+
+
+def main() -> None:
+    import jax
+
+    from archlab.analysis.accounts import profile
+    from archlab.analysis.inside import look_inside
+    from archlab.analysis.matching import active_body, match
+    from archlab.data import load_corpus, tokenizer_from
+    from archlab.training.loop import Run
+    from archlab.training.optimizers import Optimizer
+    from archlab.training.saving import load
+
+    preset = PRESETS[FLAGS.preset]
+    given = lambda name: preset[name] if getattr(FLAGS, name) is None else getattr(FLAGS, name)
+    budget, seeds, trials = given("flops"), given("seeds"), given("lr_trials")
+    for name, value in (("flops", budget), ("seeds", seeds), ("lr_trials", trials), ("batch", FLAGS.batch)):
+        if value <= 0:
+            raise ValueError(f"--{name} = {value}: must be positive")
+    corpus = load_corpus(FLAGS.data)
+    tokenizer = tokenizer_from(FLAGS.tokenizer, corpus)
+    configs = {Path(model).stem if model.endswith(".py") else model: common.model_config(model, FLAGS.set)
+               for model in FLAGS.models}
+    configs = {name: config.set("vocab", max(config.vocab, tokenizer.vocab)) for name, config in configs.items()}
+    if FLAGS.match == "params":
+        target = active_body(next(iter(configs.values())))
+        configs = {name: match(config, target) for name, config in configs.items()}
+    profiles = {name: profile(config, FLAGS.context) for name, config in configs.items()}
+    cost = {name: accounts.training.total for name, accounts in profiles.items()}
+    tokens = FLAGS.tokens or budget / cost[next(iter(cost))]
+
+    def run(name: str, rate: float, seed: int) -> Run:
+        spend = budget / cost[name] if FLAGS.match == "flops" else tokens
+        steps = round(spend / (FLAGS.batch * FLAGS.context))
+        if steps < 10:
+            raise ValueError(f"{name}: the budget buys {steps} steps of {FLAGS.batch * FLAGS.context} tokens; "
+                             "it must buy at least 10")
+        return Run(configs[name], steps, FLAGS.batch, FLAGS.context, FLAGS.data, FLAGS.tokenizer, seed,
+                   optimizer=Optimizer(learning_rate=rate))
+
+    rates = {name: [LEARNING_RATES.get(name, 3e-3) * 3.0 ** (i - (trials - 1) / 2) for i in range(trials)]
+             for name in configs}
+    trial_runs = {name: [run(name, rate, 0) for rate in rates[name]] for name in configs}  # all valid, or none begins
+    work, rows = Work(corpus, tokenizer, total=len(configs) * (trials + seeds - 1)), {}
+    for name in configs:
+        tried = [work.row(name, trial, cost[name]) for trial in trial_runs[name]]
+        best = min(tried, key=lambda row: row["validation_bits_per_byte"])
+        rows[name] = [best] + [work.row(name, run(name, best["learning_rate"], seed), cost[name])
+                               for seed in range(1, seeds)]
+
+    out = Path(FLAGS.out)
+    comparison.write_csv(out / "runs.csv", [{key: value for key, value in row.items() if not isinstance(value, (dict, list))}
+                                            for row in work.rows])
+    table = comparison.summarise(rows, profiles)
+    comparison.write_csv(out / "results.csv", table)
+    inside = {name: look_inside(load(rows[name][0]["folder"]), corpus, tokenizer, FLAGS.context) for name in rows}
+    page = comparison.write_report(out, rows, table, inside, tokenizer, title="Architectures compared", settings={
+        "preset": FLAGS.preset, "match": FLAGS.match, "corpus": FLAGS.data, "tokenizer": FLAGS.tokenizer,
+        "context": FLAGS.context, "batch": FLAGS.batch, "seeds": seeds, "learning-rate trials": trials,
+        "device": jax.devices()[0].device_kind})
+    print("\n" + comparison.as_text(table))
+    winner = min(table, key=lambda row: row["validation_bits_per_byte"])["model"]
+    print(f"\npictures: {page}\nfigures: {out / 'results.csv'}\n"
+          f"next: python -m experiments.generate --checkpoint={rows[winner][0]['folder']} --prompt='def '")
+
+
+if __name__ == "__main__":
+    common.run(main)
