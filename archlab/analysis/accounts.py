@@ -43,7 +43,7 @@ class Parameters:
 
     @property
     def unique(self) -> int:
-        """Distinct weights: the total itself, since none is stored twice. What using them again adds is in `applied`."""
+        """Distinct weights: the total itself, since none is stored twice. What further use adds is in `applied`."""
         return self.total
 
     @property

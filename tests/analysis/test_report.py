@@ -18,7 +18,7 @@ def figures():
     series = {name: [(x, 3 / x + i), (x, 3.2 / x + i)] for i, name in enumerate(NAMES)}
     return {
         "loss": plots.lines(series, colours, "Loss", "tokens", "bits per byte"),
-        "state": plots.lines({n: [(x[:4], x[:4] * 1e6)] for n in NAMES}, colours, "State", "context", "bytes", log="xy"),
+        "state": plots.lines({n: [(x[:4], x[:4] * 1e6)] for n in NAMES}, colours, "State", "context", "B", log="xy"),
         "speed": plots.scatter({n: (10.0 + i, 2.0) for i, n in enumerate(NAMES)}, colours, "Speed", "tokens/s", "loss"),
         "load": plots.heatmap(np.random.default_rng(0).dirichlet(np.ones(8), 4), "Load"),
     }
