@@ -95,7 +95,7 @@ def make_train_step(structure: nnx.GraphDef, transform: optax.GradientTransforma
         new = TrainState(optax.apply_updates(state.params, moves), move(state.rest, updates), optimizer, state.step + 1)
         length = jnp.sum(jnp.asarray(bytes_per_token)[batch.targets] * batch.weights)
         metrics = {"loss": nll, "bits_per_byte": nll * count / (jnp.maximum(length, 1) * jnp.log(2.0)),
-                   "grad_norm": optax.global_norm(grads), **{f"aux/{name}": value for name, value in aux.items()}}
+                   "grad_norm": optax.tree.norm(grads), **{f"aux/{name}": value for name, value in aux.items()}}
         return new, metrics
 
     return jax.jit(step, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))

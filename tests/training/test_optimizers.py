@@ -124,4 +124,4 @@ def test_clip_by_global_norm():
     first, _ = transform.update(big, transform.init(big), big)
     second, _ = transform.update(small, transform.init(small), small)
     chex.assert_trees_all_close(first, second, rtol=1e-5)
-    assert float(optax.global_norm(second)) > 0
+    assert float(optax.tree.norm(second)) > 0
