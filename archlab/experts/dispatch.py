@@ -84,7 +84,7 @@ def dropless(x: Float[Array, "N D"], experts: Int[Array, "N k"], weights: Float[
     blocks = -(-load // size)
     ends = jnp.cumsum(blocks)
     starts = jnp.append((ends - blocks) * size, count * size)  # nobody's is past the end
-    owners = jnp.minimum(jnp.searchsorted(ends, jnp.arange(count), side="right"), E - 1)  # unused blocks come last
+    owners = jnp.minimum((ends <= jnp.arange(count)[:, None]).sum(1), E - 1)  # unused blocks come last
     rows = jnp.minimum(starts[experts.reshape(-1)] + rank, count * size)
     product = lambda x, weight: grouped_dot(x, weight, owners)
     return through(plan(rows, count * size), x, weights, lambda x: params(x, product))
@@ -159,9 +159,10 @@ def rank_in_group(group: Int[Array, "S"], count: int) -> tuple[Int[Array, "S"], 
     Group `count` is nobody's: it is ranked, but not among the sizes.
     """
     order = jnp.argsort(group, stable=True)
-    first = jnp.searchsorted(group[order], jnp.arange(count + 1))
-    rank = jnp.arange(len(group)) - first[group[order]]
-    return jnp.zeros_like(group).at[order].set(rank.astype(group.dtype), unique_indices=True), jnp.diff(first)
+    sizes = jnp.zeros(count + 1, group.dtype).at[group].add(1)
+    first = jnp.cumsum(sizes) - sizes
+    rank = jnp.arange(len(group), dtype=group.dtype) - first[group[order]]
+    return jnp.zeros_like(group).at[order].set(rank, unique_indices=True), sizes[:count]
 
 
 @jax.custom_vjp

@@ -1,0 +1,106 @@
+"""Every way to bring tokens to experts against the oracle that runs all experts on all tokens."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from archlab.experts import dispatch
+from archlab.experts.dispatch import Experts, dense, dropless, fit, rank_in_group, rows_per_expert
+from archlab.experts.grouped import grouped_dot, ragged_dot
+
+D, F = 6, 10
+
+
+def problem(N, E, k, seed=0, gated=True):
+    """Tokens, distinct experts for each (some nobody's), weights and the experts' matrices, in float64."""
+    keys = iter(jax.random.split(jax.random.key(seed), 6))
+    draw = lambda *shape: jax.random.normal(next(keys), shape)
+    x, weights, logits = draw(N, D), jax.nn.softmax(draw(N, k)), draw(N, E)
+    params = Experts(draw(E, D, F), draw(E, D, F) if gated else None, draw(E, F, D), jax.nn.silu)
+    experts = jax.lax.top_k(logits + jnp.linspace(0, 3, E), k)[1].astype(jnp.int32)
+    return x, jnp.where(jnp.arange(N)[:, None] % 7 == 3, E, experts), weights, params
+
+
+def with_gradients(form, x, experts, weights, params):
+    """The output and the gradients of a weighted sum of it, with respect to everything that has one."""
+    def total(x, weights, matrices):
+        y = form(x, experts, weights, params._replace(**matrices))
+        return jnp.sum(y * jnp.cos(jnp.arange(y.size)).reshape(y.shape)), y
+
+    matrices = {name: value for name, value in params._asdict().items() if isinstance(value, jax.Array)}
+    return jax.jit(jax.grad(total, argnums=(0, 1, 2), has_aux=True))(x, weights, matrices)
+
+
+@pytest.mark.parametrize("N, E, k", [(40, 5, 2), (150, 3, 1), (30, 1, 1), (3, 8, 2), (33, 64, 4)])
+def test_dropless_equals_dense(float64, N, E, k):
+    """Blocks of several sizes, experts that receive nothing, and few enough slots to fetch each one's weights."""
+    args = problem(N, E, k)
+    chex.assert_trees_all_close(with_gradients(dropless, *args), with_gradients(dense, *args), rtol=1e-10, atol=1e-10)
+
+
+def test_all_on_one_expert(float64):
+    x, experts, weights, params = problem(300, 4, 1, gated=False)
+    experts = jnp.full_like(experts, 2)
+    args = x, experts, weights, params
+    chex.assert_trees_all_close(with_gradients(dropless, *args), with_gradients(dense, *args), rtol=1e-10, atol=1e-10)
+
+
+def test_capacity_that_fits_all_equals_dense(float64):
+    x, experts, weights, params = problem(40, 5, 2)
+    rows = lambda a: a.reshape(4, 10, -1)
+
+    def form(x, experts, weights, params):
+        return dispatch.run(rows(x), rows(experts), rows(weights), params, capacity=10).reshape(x.shape)
+
+    want = with_gradients(dense, x, experts, weights, params)
+    chex.assert_trees_all_close(with_gradients(form, x, experts, weights, params), want, rtol=1e-10, atol=1e-10)
+
+
+def test_capacity_drops_what_fit_dropped(float64):
+    x, experts, weights, params = problem(40, 5, 2)
+    rows = lambda a: a.reshape(4, 10, -1)
+    kept = fit(rows(experts), 5, jnp.full(4, 3))
+    assert (kept != rows(experts)).any()
+    got = dispatch.run(rows(x), kept, rows(weights), params, capacity=3).reshape(x.shape)
+    np.testing.assert_allclose(got, dense(x, kept.reshape(40, 2), weights, params), rtol=1e-10, atol=1e-12)
+
+
+def test_fit_keeps_the_first_to_come():
+    experts = jnp.array([[[0, 1], [0, 2], [2, 0], [0, 1]], [[1, 2], [0, 1], [3, 3], [3, 3]]])  # 3 is nobody
+    kept = fit(experts, 3, jnp.array([2, 1]))
+    assert kept.tolist() == [[[0, 1], [0, 2], [2, 3], [3, 1]], [[1, 2], [0, 3], [3, 3], [3, 3]]]
+
+
+def test_rows_per_expert():
+    """min(n, ceil(factor k n / E)), exactly, also where float arithmetic would round up a whole number."""
+    assert rows_per_expert(1.25, 2, 8, 16)[[0, 1, 8, 16]].tolist() == [0, 1, 3, 5]
+    assert rows_per_expert(1.1, 1, 11, 100)[[10, 50, 100]].tolist() == [1, 5, 10]
+    assert rows_per_expert(5.0, 2, 4, 6).tolist() == [0, 1, 2, 3, 4, 5, 6]
+
+
+def test_rank_in_group():
+    rank, sizes = rank_in_group(jnp.array([2, 0, 2, 3, 0, 2], jnp.int32), 3)
+    assert rank.tolist() == [0, 0, 1, 0, 1, 2] and sizes.tolist() == [2, 0, 3]
+
+
+def test_grouped_products_agree(float64):
+    """The loop, its own gradient, and `ragged_dot`, against one product for each block."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    rows, weight = jax.random.normal(keys[0], (20, D)), jax.random.normal(keys[1], (4, D, F))
+    cotangent, experts = jax.random.normal(keys[2], (20, F)), jnp.array([0, 0, 1, 3, 3])
+    plain = lambda rows, weight: jnp.concatenate([rows[4 * i : 4 * i + 4] @ weight[e] for i, e in enumerate(experts)])
+    want, pull = jax.vjp(plain, rows, weight)
+    for form in (grouped_dot, ragged_dot):
+        got, pull_form = jax.vjp(lambda rows, weight: form(rows, weight, experts), rows, weight)
+        chex.assert_trees_all_close((got, pull_form(cotangent)), (want, pull(cotangent)), rtol=1e-12, atol=1e-12)
+
+
+def test_bfloat16_stays_and_gradients_keep_the_weights_precision():
+    x, experts, weights, params = problem(64, 4, 2)
+    params = params._replace(**{n: v.astype(jnp.float32) for n, v in params._asdict().items() if n != "activation"})
+    grads, y = with_gradients(dropless, x.astype(jnp.bfloat16), experts, weights.astype(jnp.float32), params)
+    assert y.dtype == jnp.bfloat16 and grads[0].dtype == jnp.bfloat16 and grads[2]["up"].dtype == jnp.float32
+    want = dense(x.astype(jnp.float32), experts, weights.astype(jnp.float32), params)
+    assert jnp.abs(y.astype(jnp.float32) - want).max() < 0.03 * jnp.abs(want).max()
