@@ -49,12 +49,16 @@ def attend(q: Float[Array, "B H T K"], k: Float[Array, "B G T K"], v: Float[Arra
     if window is not None and window < q.shape[2]:
         return _attend_window(q, k, v, segments, positions, window)
     if jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16):
-        return _attend_cudnn(q, k, v, segments, positions)
-    return _attend_blocks(q, k, v, segments, positions)
+        return _attend_cudnn(q, k, v, segments, positions, window)
+    return _attend_blocks(q, k, v, segments, positions, window)
 
 
-def _attend_blocks(q, k, v, segments, positions, block: int = BLOCK):
-    """Unrolled blocks of queries, each against the keys up to its end; scores are recomputed in the backward pass."""
+def _attend_blocks(q, k, v, segments, positions, window: int | None = None, block: int = BLOCK):
+    """Unrolled blocks of queries, each against the keys up to its end; scores are recomputed in the backward pass.
+
+    A window may matter even where it is as long as the piece: tokens that a router gathered stand close together and
+    are far apart.
+    """
     T = q.shape[2]
     block = max(block, -(-T // 32))  # at most 32 blocks: compile time grows with their number
 
@@ -62,13 +66,13 @@ def _attend_blocks(q, k, v, segments, positions, block: int = BLOCK):
     for start in range(0, T, block):
         end = min(start + block, T)
         outs.append(_attend_block(q[:, :, start:end], k[:, :, :end], v[:, :, :end], segments[:, start:end],
-                                  positions[:, start:end], segments[:, :end], positions[:, :end]))
+                                  positions[:, start:end], segments[:, :end], positions[:, :end], window))
     return jnp.concatenate(outs, axis=2)
 
 
 @jax.checkpoint  # one function for all layers: what was traced for the first serves the others
-def _attend_block(q, k, v, query_segments, query_positions, key_segments, key_positions):
-    return attend_plain(q, k, v, visible(query_segments, query_positions, key_segments, key_positions))
+def _attend_block(q, k, v, query_segments, query_positions, key_segments, key_positions, window):
+    return attend_plain(q, k, v, visible(query_segments, query_positions, key_segments, key_positions, window))
 
 
 def _attend_window(q, k, v, segments, positions, window: int):
@@ -95,8 +99,8 @@ def _attend_window(q, k, v, segments, positions, window: int):
     return out.reshape(out.shape[:2] + (blocks * window,) + out.shape[4:])[:, :, :T]
 
 
-def _attend_cudnn(q, k, v, segments, positions):
+def _attend_cudnn(q, k, v, segments, positions, window):
     time_major = functools.partial(jnp.swapaxes, axis1=1, axis2=2)
-    mask = visible(segments, positions, segments, positions)[:, None]
+    mask = visible(segments, positions, segments, positions, window)[:, None]
     out = jax.nn.dot_product_attention(time_major(q), time_major(k), time_major(v), mask=mask, implementation="cudnn")
     return jnp.where(segments[:, None, :, None] > 0, time_major(out), 0)
