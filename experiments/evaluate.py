@@ -5,7 +5,8 @@
 --model is the folder of a training run or one that `archlab.save` wrote. Of a run, the tokenizer and the context are
 those it was trained with, unless flags say otherwise. Prints a table, then one line of JSON.
 
-COST
+Expected: transformer-tiny after the 200 steps of experiments.train has about 3.1 bits per byte on the whole validation
+side of stdlib. Cost: 0.43 M tokens, half a minute on four CPU cores that also did other work.
 """
 
 import json

@@ -6,7 +6,9 @@ Writes under --out: metrics.jsonl (a line per logged step), config.json, checkpo
 Exit codes: 0 done; 2 bad input; 3 diverged (the last good checkpoint stays); 75 interrupted by SIGTERM or Ctrl-C, all
 saved: the same command goes on.
 
-COST
+Expected: transformer-tiny (1.2 M parameters) after 200 steps of 8 x 256 bytes of stdlib has about 2.8 bits per byte on
+the first 20 validation batches, from 8.7 at the start. Cost: 0.4 M tokens,
+3 minutes on four CPU cores that also did other work.
 """
 
 from absl import flags

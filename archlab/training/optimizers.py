@@ -22,8 +22,8 @@ class Optimizer(Config):
     learning_rate: at its peak. schedule: "cosine", "wsd" (warm-up, stable, decay) or "constant".
     warmup: share of the steps in which it rises from 0, linearly. decay: share of the steps in which "wsd" falls.
     floor: where it ends, as a share of the peak.
-    weight_decay: per step and unit of learning rate, for parameters that say they decay. clip: largest global norm of
-      the gradient, 0 for any. b1, b2: of the moments (Muon's own momentum is 0.95; Adafactor's b2 follows from the step).
+    weight_decay: per step and unit of learning rate, for parameters that say they decay. clip: largest global norm
+      of the gradient, 0 for any. b1, b2: of the moments (Muon's momentum is 0.95; Adafactor's b2 follows the step).
     """
 
     name: str = "adamw"

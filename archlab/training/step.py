@@ -60,8 +60,8 @@ def make_train_step(structure: nnx.GraphDef, transform: optax.GradientTransforma
 
     Args:
       bytes_per_token: [V]. seed: of the training form's random numbers; each step has its own.
-    Returns metrics, scalars on the device: loss (nats per target), bits_per_byte, grad_norm, and aux/NAME for each loss
-      that a layer adds.
+    Returns metrics, scalars on the device: loss (nats per target), bits_per_byte, grad_norm, and aux/NAME for each
+      loss that a layer adds.
     """
     def loss_of(params, rest, batch: Batch, training: Training, count):
         model = merge(structure, params, rest)

@@ -147,7 +147,8 @@ def test_load_lists_all_that_is_wrong(tmp_path):
     save_file(arrays, tmp_path / "model.safetensors")
     with pytest.raises(ValueError) as error:
         archlab.load(tmp_path)
-    for words in ("missing: embed/table float32[256, 32]", "unknown: extra", "norm/scale is float32[7], must be float32[32]"):
+    for words in ("missing: embed/table float32[256, 32]", "unknown: extra",
+                  "norm/scale is float32[7], must be float32[32]"):
         assert words in str(error.value)
 
 

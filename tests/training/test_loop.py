@@ -81,7 +81,8 @@ def test_a_signal_saves_and_the_same_call_goes_on(run, whole, tmp_path, monkeypa
         assert error.value.code == 75
         assert signal.getsignal(number) is before
     stopped = error.value.step
-    assert stopped in (7, 8) and [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == list(range(1, stopped + 1))
+    assert stopped in (7, 8)
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == list(range(1, stopped + 1))
     result = train(run, out=tmp_path, log_every=1, eval_every=6, tensorboard=False, quiet=True)
     assert losses(result.history) == losses(whole.history)
     assert losses(read_rows(tmp_path / "metrics.jsonl")) == losses(whole.history)
@@ -175,8 +176,9 @@ def test_kill_in_mid_run_then_the_same_command(run, tmp_path):
     assert report["bits_per_byte"] == pytest.approx(rows[-1]["validation_bits_per_byte"], rel=1e-5)
 
 
-@pytest.mark.parametrize("flag, words", [("--modle=x", "did you mean model"), ("--model=transfomer-nano", "transformer-nano"),
-                                         ("--data=stdlb", "did you mean stdlib"), ("--set=body.m=3", "no field 'm'")])
+@pytest.mark.parametrize("flag, words", [
+    ("--modle=x", "did you mean model"), ("--model=transfomer-nano", "transformer-nano"),
+    ("--data=stdlb", "did you mean stdlib"), ("--set=body.m=3", "no field 'm'")])
 def test_bad_input_is_told_without_a_traceback(flag, words):
     done = subprocess.run([sys.executable, "-m", "experiments.train", "--out=never", flag], cwd=ROOT, text=True,
                           capture_output=True)

@@ -6,11 +6,12 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-from flax import nnx
 
 import archlab
 from archlab.data import Batch
+from archlab.layers.weights import merge
 from archlab.training.evaluation import evaluate, make_evaluate_step
 from archlab.training.optimizers import Optimizer
 from archlab.training.step import create_state, make_train_step, move, parameters
@@ -48,14 +49,18 @@ def test_overfits_one_batch(name):
 
 
 @pytest.mark.parametrize("name", ["transformer-nano", "mamba-nano"])
-def test_accumulation_is_the_big_batch(name, float64):
-    """Losses are divided once by all real targets, though micro-batches hold different numbers of them."""
-    results = []
+def test_accumulation_is_the_big_batch(name):
+    """Losses are divided once by all real targets, though micro-batches hold different numbers of them.
+
+    With plain gradient descent: Adam makes whole steps of gradients that are nothing but round-off.
+    """
+    config, results = archlab.get_config(name), []
     for accumulate in (1, 3):
-        _, state, step = start(name, Optimizer(schedule="constant", warmup=0.0), accumulate=accumulate)
+        structure, state, _ = create_state(config, optax.sgd(1.0), 0)
+        step = make_train_step(structure, optax.sgd(1.0), BYTES, accumulate=accumulate)
         for i in range(2):
             state, metrics = step(state, batch_of(6, 12, seed=i))
-        results.append((state.params, {key: metrics[key] for key in ("loss", "bits_per_byte", "grad_norm")}))
+        results.append((state.params, metrics["loss"], metrics["bits_per_byte"]))
     chex.assert_trees_all_close(results[1], results[0], rtol=1e-6, atol=1e-6)
 
 
@@ -63,8 +68,8 @@ def test_loss_counts_real_targets_only():
     """The first step's loss is the mean over weighted targets of -log softmax, worked out apart."""
     structure, state, step = start("transformer-nano")
     batch = batch_of(3, 16)
-    model = archlab.create_model("transformer-nano", rngs=nnx.Rngs(0))
-    logits = np.asarray(model(batch.ids, segment_ids=jnp.asarray(batch.segments)).logits, np.float64)
+    model = merge(structure, state.params, state.rest)
+    logits = np.asarray(jax.jit(lambda model: model(batch.ids, segment_ids=batch.segments).logits)(model), np.float64)
     nll = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, batch.targets[..., None], -1)[..., 0]
     expected = (nll * batch.weights).sum() / batch.weights.sum()
     _, metrics = step(state, batch)

@@ -14,7 +14,8 @@ import archlab
 from archlab.parallel.mesh import make_mesh
 from archlab.training.loop import Run, train
 
-run = Run(archlab.get_config("transformer-nano"), steps=10, batch=8, context=32, data="text:" + sys.argv[2], accumulate=2)
+run = Run(archlab.get_config("transformer-nano"), steps=10, batch=8, context=32, data="text:" + sys.argv[2],
+          accumulate=2)
 short = dataclasses.replace(run, steps=5)  # with a constant learning rate a shorter run is the beginning of a longer
 run, short = (dataclasses.replace(r, optimizer=r.optimizer.set("schedule", "constant").set("warmup", 0.0))
               for r in (run, short))
@@ -35,8 +36,8 @@ def test_a_mesh_changes_nothing_and_a_checkpoint_goes_on_another(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text(" ".join(f"the {i}th line says {i * i} and no more\n" for i in range(1000)))
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-    done = subprocess.run([sys.executable, "-c", SCRIPT, tmp_path / "run", text], cwd=Path(__file__).parents[2], text=True,
-                          capture_output=True, env=os.environ | {"XLA_FLAGS": flags})
+    done = subprocess.run([sys.executable, "-c", SCRIPT, tmp_path / "run", text], cwd=Path(__file__).parents[2],
+                          text=True, capture_output=True, env=os.environ | {"XLA_FLAGS": flags})
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout.splitlines()[-1])
     np.testing.assert_allclose(said["two"], said["one"], rtol=1e-4)
