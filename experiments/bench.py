@@ -109,7 +109,8 @@ def generation_row(name: str, config, context: int, peer) -> dict:
     import jax
     from flax import nnx
 
-    from archlab.inference.timing import state_bytes, time_generation
+    from archlab.analysis.accounts import state_bytes
+    from archlab.inference.timing import time_generation
 
     model = jax.jit(lambda: config.build(nnx.Rngs(0)))()
     ours = [time_generation(model, context, FLAGS.new_tokens, repeats=1)]
@@ -119,7 +120,7 @@ def generation_row(name: str, config, context: int, peer) -> dict:
         theirs += [peer.generate(context, FLAGS.new_tokens)] if peer else []
     first, each = (statistics.median(getattr(t, field) for t in ours) for field in ("first_token", "per_token"))
     row = {"model": name, "what": f"generate after {context:,}", "tokens_per_second": 1 / each,
-           "compile_seconds": ours[0].compile, "memory_MB": state_bytes(model, context + FLAGS.new_tokens) / 1e6,
+           "compile_seconds": ours[0].compile, "memory_MB": state_bytes(config, context + FLAGS.new_tokens) / 1e6,
            "TTFT_ms": 1e3 * first, "TPOT_ms": 1e3 * each}
     if peer:
         their_first, their_each = (statistics.median(column) for column in zip(*theirs))

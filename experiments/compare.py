@@ -70,7 +70,8 @@ class Work:
         return row
 
     def _train(self, name: str, run, flops_per_token: float, folder: Path) -> dict:
-        from archlab.inference.timing import state_bytes, time_generation
+        from archlab.analysis.accounts import state_bytes
+        from archlab.inference.timing import time_generation
         from archlab.training.loop import train
 
         place = f"[{len(self.rows) + 1}/{self.total}] {name}"
@@ -89,7 +90,7 @@ class Work:
             "validation_bits_per_byte": result.evaluation.bits_per_byte,
             "train_tokens_per_second": result.tokens_per_second, "compile_seconds": result.compile_seconds,
             "first_token_seconds": speed.first_token, "decode_tokens_per_second": speed.tokens_per_second,
-            "state_bytes": {context: state_bytes(model, context) for context in comparison.CONTEXTS},
+            "state_bytes": {str(context): state_bytes(run.model, context) for context in comparison.CONTEXTS},
             "history": result.history, "run": json.loads(run.to_json()),
         }
 
@@ -126,9 +127,9 @@ def main() -> None:
     def run(name: str, rate: float, seed: int) -> Run:
         spend = budget / cost[name] if FLAGS.match == "flops" else tokens
         steps = round(spend / (FLAGS.batch * FLAGS.context))
-        if steps < 10:
+        if steps < 2:
             raise ValueError(f"{name}: the budget buys {steps} steps of {FLAGS.batch * FLAGS.context} tokens; "
-                             "it must buy at least 10")
+                             "it must buy at least 2")
         return Run(configs[name], steps, FLAGS.batch, FLAGS.context, FLAGS.data, FLAGS.tokenizer, seed,
                    optimizer=Optimizer(learning_rate=rate))
 
@@ -143,8 +144,8 @@ def main() -> None:
                                for seed in range(1, seeds)]
 
     out = Path(FLAGS.out)
-    comparison.write_csv(out / "runs.csv", [{key: value for key, value in row.items() if not isinstance(value, (dict, list))}
-                                            for row in work.rows])
+    flat = lambda row: {key: value for key, value in row.items() if not isinstance(value, (dict, list))}
+    comparison.write_csv(out / "runs.csv", [flat(row) for row in work.rows])
     table = comparison.summarise(rows, profiles)
     comparison.write_csv(out / "results.csv", table)
     inside = {name: look_inside(load(rows[name][0]["folder"]), corpus, tokenizer, FLAGS.context) for name in rows}

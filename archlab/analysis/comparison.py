@@ -114,8 +114,8 @@ def write_report(out: Path, runs: Mapping[str, Sequence[dict]], table: Sequence[
         plots.save(figure, out / f"{file}.png")
     ranked = sorted(table, key=lambda row: row["validation_bits_per_byte"])
     best, seeds = ranked[0], table[0]["seeds"]
-    page = Report(title, f"{len(table)} architectures on {settings['corpus']}, "
-                         f"equal {'training FLOPs' if settings['match'] == 'flops' else 'active parameters and tokens'}")
+    equal = "training FLOPs" if settings["match"] == "flops" else "active parameters and tokens"
+    page = Report(title, f"{len(table)} architectures on {settings['corpus']}, equal {equal}")
     page.facts({"lowest bits per byte": f"{best['validation_bits_per_byte']:.3f}", "by": best["model"],
                 "training FLOPs a run": short(best["training_flops"]), "seeds": seeds})
     page.section("Result")

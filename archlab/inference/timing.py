@@ -5,7 +5,6 @@ import statistics
 import time
 
 import jax
-import jax.numpy as jnp
 
 from archlab.inference.generation import generate
 from archlab.layers.repeat import unstack
@@ -41,9 +40,3 @@ def time_generation(model: Model, context: int, new_tokens: int = 64, batch: int
     first, all_ = zip(*((seconds(1), seconds(1 + new_tokens)) for _ in range(repeats)))
     first_token, whole = statistics.median(first), statistics.median(all_)
     return Timing(first_token, max(whole - first_token, 1e-9) / new_tokens, max(cold - first_token - whole, 0.0))
-
-
-def state_bytes(model: Model, context: int, batch: int = 1) -> int:
-    """The bytes of the state that holds `context` tokens, by shapes alone."""
-    state = jax.eval_shape(lambda m: m.init_state(batch, context), model)
-    return sum(leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(state))

@@ -1,0 +1,114 @@
+"""A smoke comparison: every file is there, its figures hold together, and what is done is not done again."""
+
+import csv
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import archlab
+from archlab.analysis import comparison
+
+ROOT = Path(__file__).parent.parent.parent
+MODELS = ["transformer-nano", "mamba-nano", "mixture-of-experts-nano", "universal-transformer-nano",
+          "mixture-of-recursions-nano"]
+FLAGS = ["--batch=2", "--context=32", "--eval_batches=1", "--flops=2.5e8", "--seeds=2", "--lr_trials=1"]
+
+
+def compare(out, *more):
+    return subprocess.run([sys.executable, "-m", "experiments.compare", f"--out={out}", *FLAGS, *more], cwd=ROOT,
+                          text=True, capture_output=True, timeout=900, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compare")
+    done = compare(folder, f"--models={','.join(MODELS)}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (folder / "stdout").write_text(done.stdout)
+    return folder
+
+
+def read(path):
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_results(out):
+    rows = {row["model"]: row for row in read(out / "results.csv")}
+    assert list(rows) == MODELS
+    for name, row in rows.items():
+        profile = archlab.profile(name, context=32)
+        assert int(row["parameters_total"]) == profile.parameters.total
+        assert math.isclose(float(row["flops_per_token"]), profile.training.total, rel_tol=1e-9)
+        assert math.isclose(float(row["training_flops"]), float(row["flops_per_token"]) * int(row["tokens"]))
+        step = float(row["flops_per_token"]) * 64
+        assert abs(float(row["training_flops"]) - 2.5e8) <= step / 2  # equal FLOPs, to the nearest step
+        assert 2 < float(row["validation_bits_per_byte"]) < 12 and float(row["spread"]) > 0
+        for key in ("train_tokens_per_second", "compile_seconds", "first_token_seconds", "decode_tokens_per_second"):
+            assert float(row[key]) > 0
+    assert rows["mamba-nano"]["state_bytes_1k"] == rows["mamba-nano"]["state_bytes_32k"]
+    assert int(rows["transformer-nano"]["state_bytes_32k"]) > 7 * int(rows["transformer-nano"]["state_bytes_4k"])
+
+
+def test_page_and_pictures(out):
+    page = (out / "report.html").read_text()
+    assert "http" not in page.replace("http-equiv", "") and "What this does not show" in page
+    for name in ("loss_by_flops", "loss_by_tokens", "loss_by_seconds", "loss_by_decode_speed", "state_by_context",
+                 "expert_load_mixture-of-experts-nano"):
+        assert (out / f"{name}.png").stat().st_size > 5000
+    for label in ("recursions", "steps before halting", "mean step size"):
+        assert label in page
+    said = (out / "stdout").read_text()
+    assert "next: python -m experiments.generate --checkpoint=" in said and "bits/byte" in said
+
+
+def test_finished_runs_are_skipped(out):
+    done = sorted((out / "runs").glob("*/result.json"))
+    before = {path: path.stat().st_mtime_ns for path in done}
+    gone = done[0]
+    gone.unlink()
+    again = compare(out, f"--models={','.join(MODELS)}")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert {path for path in before if path.stat().st_mtime_ns != before[path]} == {gone}
+    changed = compare(out, f"--models={','.join(MODELS)}", "--flops=4e8")
+    assert changed.returncode == 2 and "other settings" in changed.stderr
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--models=transfomer-nano"], "did you mean transformer-nano"),
+    (["--models=transformer-nano", "--flops=1"], "buys 0 steps"),
+    (["--models=transformer-nano", "--data=stdlb"], "stdlib"),
+    (["--models=transformer-nano", "--seeds=0"], "--seeds = 0"),
+    (["--models=transformer-nano", "--modells=x"], "models"),
+])
+def test_bad_input(tmp_path, flags, words):
+    done = compare(tmp_path, *flags)
+    assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
+
+
+def test_equal_parameters_and_equal_trials(tmp_path):
+    done = compare(tmp_path, "--models=transformer-nano,mamba-nano", "--match=params", "--tokens=300", "--seeds=2",
+                   "--lr_trials=2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    runs, rows = read(tmp_path / "runs.csv"), read(tmp_path / "results.csv")
+    assert len(runs) == 6  # for each model two rates with seed 0, and one more seed at the better
+    for row in rows:
+        mine = [run for run in runs if run["model"] == row["model"]]
+        assert len({run["learning_rate"] for run in mine}) == 2 and {run["seed"] for run in mine} == {"0", "1"}
+        tried = {run["learning_rate"]: float(run["validation_bits_per_byte"]) for run in mine if run["seed"] == "0"}
+        assert row["learning_rate"] == min(tried, key=tried.get)
+    sizes = [int(row["parameters_active"]) - int(row["parameters_embedding"]) for row in rows]
+    assert abs(sizes[0] / sizes[1] - 1) <= 0.03 and rows[0]["tokens"] == rows[1]["tokens"]
+
+
+def test_verdict_says_what_may_be_said():
+    row = lambda name, loss, spread, seeds: {"model": name, "validation_bits_per_byte": loss, "spread": spread,
+                                             "seeds": seeds}
+    assert "no telling" in comparison.verdict([row("a", 2.0, None, 1), row("b", 2.1, None, 1)])
+    assert "not distinguishable" in comparison.verdict([row("a", 2.0, 0.1, 3), row("b", 2.1, 0.1, 3)])
+    assert "standard errors over 3" in comparison.verdict([row("a", 2.0, 0.01, 3), row("b", 2.1, 0.01, 3)])
+    assert "alone" in comparison.verdict([row("a", 2.0, None, 1)])

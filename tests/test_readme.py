@@ -1,0 +1,75 @@
+"""What the README says is run: its Python, its own architecture in one file, and its commands (made small)."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+COMMANDS = re.findall(r"^python .*$", "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL)), re.MULTILINE)
+OWN = next(block for block in PYTHON if "class Average(" in block)
+SMALL = {  # flags that make a command small; what comes last wins
+    "train": "--steps=3 --batch=2 --context=32 --eval_batches=1",
+    "generate": "--max_new_tokens=5",
+    "evaluate": "--batches=1",
+    "compare": "--match=params --tokens=700 --batch=2 --context=32 --eval_batches=1",
+    "bench": "--batch=1 --context=32 --steps=1 --contexts=32 --new_tokens=4 --repeats=1",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A working folder with the README's own architecture and links to the project, in which commands run in order."""
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "average.py").write_text(OWN)
+    return folder
+
+
+def run(arguments, folder, **more):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    return subprocess.run(arguments, cwd=folder, env=environment, text=True, capture_output=True, timeout=600, **more)
+
+
+@pytest.mark.parametrize("code", [c for c in PYTHON if c != OWN], ids=lambda code: code.split("\n")[0])
+def test_python(folder, code):
+    done = run([sys.executable, "-c", code], folder)
+    assert done.returncode == 0, done.stderr
+
+
+def test_there_are_commands():
+    assert {c.split("-m ")[1].split()[0] for c in COMMANDS} >= {f"experiments.{name}" for name in SMALL} | {"launch.local"}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command(folder, command):
+    name = re.findall(r"experiments\.(\w+)", command)[-1]
+    if name == "compare" and "--models" not in command:
+        command += " --models=transformer-nano,mamba-nano"
+    command = command.replace("-tiny", "-nano").replace("-small", "-nano")
+    done = run([sys.executable, *shlex.split(command)[1:], *SMALL[name].split()], folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_own_architecture_keeps_the_contract(folder):
+    """The toy of the README passes the law of splits and of documents: readers will copy it."""
+    code = OWN + """
+ids = jax.random.randint(jax.random.key(0), (2, 20), 0, 256)
+model = CONFIG.build(nnx.Rngs(0))
+whole = model(ids).logits
+state, outs = model.init_state(2, 20), []
+for piece in (slice(0, 7), slice(7, 8), slice(8, 20)):
+    out = model(ids[:, piece], state)
+    state, outs = out.state, outs + [out.logits]
+assert jnp.abs(jnp.concatenate(outs, 1) - whole).max() < 1e-4
+segments = jnp.where(jnp.arange(20) < 9, 1, 2) * jnp.ones((2, 1), int)
+packed = model(ids, segment_ids=segments).logits
+assert jnp.abs(packed[:, 9:] - model(ids[:, 9:]).logits).max() < 1e-4
+"""
+    done = run([sys.executable, "-c", code], folder)
+    assert done.returncode == 0, done.stderr
