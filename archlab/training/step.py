@@ -55,8 +55,8 @@ def make_train_step(structure: nnx.GraphDef, transform: optax.GradientTransforma
     """A jitted function `step(state, batch) -> (state, metrics)`; it consumes `state`.
 
     The loss is the mean of the negative log-likelihood over real targets, plus the losses that layers add. With
-    `accumulate` = n the batch is run as n micro-batches of every n-th row and the sums are divided once: that equals the
-    whole batch where losses are linear in it. Layers' own losses and updates are means over micro-batches.
+    `accumulate` = n the batch is run as n micro-batches of every n-th row and the sums are divided once: that equals
+    the whole batch where losses are linear in it. Layers' own losses and updates are means over micro-batches.
 
     Args:
       bytes_per_token: [V]. seed: of the training form's random numbers; each step has its own.
