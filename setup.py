@@ -47,6 +47,6 @@ setup(
         "tpu": ["jax[tpu]>=0.10,<0.13"],
         "interop": ["torch>=2.6,<3", "transformers>=5,<6"],  # the peers we measure against; never imported by archlab
         "wandb": ["wandb>=0.19,<1"],
-        "test": ["pytest>=8,<10"],
+        "test": ["pytest>=8,<10", "pytest-xdist>=3.6,<4"],
     },
 )

@@ -19,7 +19,8 @@ from tests.helpers import build, cast, tokens_of, with_scan
 
 NANO = archlab.list_models("*-nano")
 B, T = 2, 22
-pytestmark = pytest.mark.parametrize("name", NANO)
+# One process for all laws of a model: they share its compiled programs.
+pytestmark = pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.xdist_group(n)) for n in NANO])
 close = functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-9)
 
 

@@ -46,6 +46,7 @@ def test_there_are_commands():
     assert {c.split("-m ")[1].split()[0] for c in COMMANDS} >= {f"experiments.{name}" for name in SMALL} | {"launch.local"}
 
 
+@pytest.mark.xdist_group("readme")  # in their order: a later command uses what an earlier one left
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command(folder, command):
     name = re.findall(r"experiments\.(\w+)", command)[-1]

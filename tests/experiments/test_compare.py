@@ -23,6 +23,9 @@ def compare(out, *more):
                           text=True, capture_output=True, timeout=900, env=os.environ | {"JAX_PLATFORMS": "cpu"})
 
 
+OF_ONE_RUN = pytest.mark.xdist_group("compare")  # they share the fixture below
+
+
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
     folder = tmp_path_factory.mktemp("compare")
@@ -37,6 +40,7 @@ def read(path):
         return list(csv.DictReader(file))
 
 
+@OF_ONE_RUN
 def test_results(out):
     rows = {row["model"]: row for row in read(out / "results.csv")}
     assert list(rows) == MODELS
@@ -54,6 +58,7 @@ def test_results(out):
     assert int(rows["transformer-nano"]["state_bytes_32k"]) > 7 * int(rows["transformer-nano"]["state_bytes_4k"])
 
 
+@OF_ONE_RUN
 def test_page_and_pictures(out):
     page = (out / "report.html").read_text()
     assert "http" not in page.replace("http-equiv", "") and "What this does not show" in page
@@ -66,6 +71,7 @@ def test_page_and_pictures(out):
     assert "next: python -m experiments.generate --checkpoint=" in said and "bits/byte" in said
 
 
+@OF_ONE_RUN
 def test_finished_runs_are_skipped(out):
     done = sorted((out / "runs").glob("*/result.json"))
     before = {path: path.stat().st_mtime_ns for path in done}
