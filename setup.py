@@ -33,6 +33,7 @@ setup(
         "chex>=0.1.92,<0.2",
         "grain>=0.2.18,<0.3",
         "tensorflow-datasets>=4.9.10,<5",
+        "importlib_resources>=6,<8",  # tensorflow-datasets needs it to download, and does not say so
         "absl-py>=2.1,<3",
         "jaxtyping>=0.3,<0.4",
         "numpy>=1.26,<3",
