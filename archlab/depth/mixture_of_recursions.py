@@ -81,9 +81,10 @@ class RecursionState:
 class MixtureOfRecursionsModule(Layer):
     """Weights: the unit's, and one router [D, 1] for each recursion.
 
-    Loss: router, summed over recursions (0 outside training). Traces: depth [B, T], recursions taken; gate [n, B, T], 0 for who was no candidate; in the
-    training form agreement [n], the share of candidates for whom the causal rule (before budgets) and the choice
-    made agree. The unit's traces stand under `unit/r`, each over the tokens that recursion gathered: not [B, T].
+    Loss: router, summed over recursions (0 outside training). Traces: depth [B, T], recursions taken; gate [n, B, T],
+    0 for who was no candidate; in the training form agreement [n], the share of candidates for whom the causal rule
+    (before budgets) and the choice made agree. The unit's traces stand under `unit/r`, each over the tokens that
+    recursion gathered: not [B, T].
     """
 
     def __init__(self, config: MixtureOfRecursions, rngs: nnx.Rngs, at: Place):

@@ -144,7 +144,7 @@ def test_caches_shrink(length):
 
 def test_gates_learn_and_published_values_follow(float64):
     """Every router has a gradient through its gate alone; values of [B, T] are gathered with their tokens."""
-    class_of = Sequence(Provide("origin", Identity()), MixtureOfRecursions(BLOCK, 3, aux_loss=0.0))
+    class_of = Sequence(Provide("origin", Identity()), MixtureOfRecursions(Residual(SwiGLU(12)), 3, aux_loss=0.0))
     made, tokens = module(class_of), tokens_of(SEGMENTS, TRAINING)
     gradient = jax.jit(jax.grad(lambda m: (m(stream(), tokens)[0] ** 3).sum()))(made)
     assert all(np.abs(router[...]).min() > 0 for router in gradient.layers[1].routers)
