@@ -71,18 +71,20 @@ def parameter_shardings(model: nnx.Module, mesh: Mesh) -> tuple[dict[str, NamedS
 def optimizer_shardings(optimizer, parameters: dict, shardings: dict[str, NamedSharding]):
     """Shardings for the state of an optax optimizer over a flat dictionary of parameters.
 
-    What has the path and the shape of a parameter lies where that parameter lies (moments); all else (counts, the
-    factors of Adafactor) is small and replicated.
+    What has the path of a parameter (moments) is split along the same dimensions, where it kept them (the factors of
+    Adafactor have sizes of 1); all else (counts) is replicated.
 
     Args: parameters: {path: array, real or abstract}; shardings: {path: its sharding}.
     Returns: shardings in the structure of `optimizer.init(parameters)`, for `jax.jit(optimizer.init, out_shardings=)`.
     """
-    replicated = NamedSharding(next(iter(shardings.values())).mesh, PartitionSpec())
+    mesh = next(iter(shardings.values())).mesh
 
     def place(keys, leaf):
         names = [key.key for key in keys if isinstance(key, jax.tree_util.DictKey) and key.key in shardings]
-        same = names and parameters[names[-1]].shape == leaf.shape
-        return shardings[names[-1]] if same else replicated
+        if not names or parameters[names[-1]].ndim != leaf.ndim:
+            return NamedSharding(mesh, PartitionSpec())
+        sizes, spec = parameters[names[-1]].shape, shardings[names[-1]].spec
+        return NamedSharding(mesh, PartitionSpec(*(s if n == m else None for s, n, m in zip(spec, sizes, leaf.shape))))
 
     return jax.tree_util.tree_map_with_path(place, jax.eval_shape(optimizer.init, parameters))
 
