@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from archlab.experts import dispatch, parallel
+from archlab.experts.capacity import fit, rows_per_expert
+from archlab.experts.dispatch import Experts
+from archlab.experts.parallel import run_experts
 from archlab.experts.routers import TopK, balance_loss, routing_traces, z_loss
 from archlab.layers.alphabet import parameter, project
 from archlab.layers.config import LayerConfig, near, require
@@ -75,13 +77,12 @@ class MoEModule(Layer):
         experts, capacity = jnp.where(real[..., None], routing.experts, E), None  # E: padding goes to nobody
         kept = experts
         if tokens.training is not None and config.capacity_factor is not None:
-            room = dispatch.rows_per_expert(config.capacity_factor, config.router.k, E, x.shape[1])
-            kept, capacity = dispatch.fit(experts, E, jnp.asarray(room)[real.sum(1)]), int(room[-1])
+            room = rows_per_expert(config.capacity_factor, config.router.k, E, x.shape[1])
+            kept, capacity = fit(experts, E, jnp.asarray(room)[real.sum(1)]), int(room[-1])
 
         gate = None if self.gate is None else self.gate[...]
-        params = dispatch.Experts(self.up[...], gate, self.down[...], ACTIVATIONS[config.activation])
-        run = parallel.on_mesh if parallel.free_axes() else dispatch.run
-        y = run(x, kept, routing.weights, params, capacity)
+        params = Experts(self.up[...], gate, self.down[...], ACTIVATIONS[config.activation])
+        y = run_experts(x, kept, routing.weights, params, capacity)
 
         losses = {"balance": config.balance_loss * balance_loss(routing, real),
                   "router_z": config.z_loss * z_loss(logits, real)}

@@ -17,48 +17,54 @@ import math
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
+from jaxtyping import Array, Float, Int
 
-from archlab.experts.dispatch import Experts, dropless, each_expert, plan, rank_in_group, through, with_capacity
+from archlab.experts.capacity import each_expert, with_capacity
+from archlab.experts.dispatch import Experts, dropless, plan, rank_in_group, through
 from archlab.layers.alphabet import MESH_AXES
 from archlab.layers.sharding import partition
 
 SLACK = 2  # a round's room, in even shares
 
 
-def free_axes() -> dict[str, int]:
-    """Axes of the mesh in context that have several devices and are left to the compiler: name -> size."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return {name: mesh.shape[name] for name, kind in zip(mesh.axis_names, mesh.axis_types)
-            if kind == AxisType.Auto and mesh.shape[name] > 1}
+def run_experts(x: Float[Array, "B T D"], experts: Int[Array, "B T k"], weights: Float[Array, "B T k"],
+                params: Experts, capacity: int | None) -> Float[Array, "B T D"]:
+    """The experts' outputs, added up by weight: on one device, or on the mesh in context (`jax.set_mesh`).
 
+    Rows are padded where the mesh does not divide them; where it does not divide the experts, every device holds all.
 
-def on_mesh(x, experts, weights, params: Experts, capacity: int | None):
-    """The experts' output [B, T, D] on the mesh in context; arguments as for one device.
-
-    Rows are padded where the mesh does not divide them. Where it does not divide the experts, every device holds all.
+    Args: experts: E for "nobody"; capacity: None for dropless, else the choices have passed `fit`.
     """
-    axes, mesh = free_axes(), jax.sharding.get_abstract_mesh()
-    rows = tuple(axis for axis in MESH_AXES["B"] if axis in axes)
-    B, count = len(x), len(params.up)
-    pad = -B % math.prod(axes[axis] for axis in rows)
-    widen = lambda a, value=0: jnp.pad(a, ((0, pad), (0, 0), (0, 0)), constant_values=value)
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = {name: mesh.shape[name] for name, kind in zip(mesh.axis_names, mesh.axis_types)
+            if kind == AxisType.Auto and mesh.shape[name] > 1}  # those left to the compiler
+    if not axes:
+        return _local(x, experts, weights, params, capacity, 1, ())
     into, out = partition("E.F", params.up.shape, mesh), partition("EF.", params.down.shape, mesh)
+    rows = tuple(axis for axis in MESH_AXES["B"] if axis in axes)
+    pad = -len(x) % math.prod(axes[axis] for axis in rows)
+    widen = lambda a, value=0: jnp.pad(a, ((0, pad), (0, 0), (0, 0)), constant_values=value)
 
     def local(x, experts, weights, up, gate, down):
         mine = params._replace(up=up, gate=gate, down=down)
-        devices = axes["expert"] if into[0] else 1
-        if capacity is None:
-            flat = lambda a: a.reshape(-1, a.shape[-1])
-            y = _in_rounds(flat(x), flat(experts), flat(weights), mine, devices, tuple(axes)).reshape(x.shape)
-        else:
-            y = with_capacity(x, experts, weights, count, capacity, lambda buffer: _visit(buffer, mine, devices))
+        y = _local(x, experts, weights, mine, capacity, axes["expert"] if into[0] else 1, tuple(axes))
         return jax.lax.psum(y, "tensor") if into[2] else y
 
     split = PartitionSpec(rows)
     # check_vma=False: arguments that devices share then count as one, and their gradient is summed at this door.
     run = jax.shard_map(local, in_specs=(split, split, split, into, into, out), out_specs=split, axis_names={*axes},
                         check_vma=False)
-    return run(widen(x), widen(experts, count), widen(weights), params.up, params.gate, params.down)[:B]
+    nobody = len(params.up)
+    return run(widen(x), widen(experts, nobody), widen(weights), params.up, params.gate, params.down)[: len(x)]
+
+
+def _local(x, experts, weights, params: Experts, capacity: int | None, devices: int, axes: tuple[str, ...]):
+    """One device's rows, through experts of which each of `devices` holds an equal share, in order."""
+    if capacity is not None:
+        visit = lambda buffer: _visit(buffer, params, devices)
+        return with_capacity(x, experts, weights, len(params.up) * devices, capacity, visit)
+    flat = lambda a: a.reshape(-1, a.shape[-1])
+    return _in_rounds(flat(x), flat(experts), flat(weights), params, devices, axes).reshape(x.shape)
 
 
 def _visit(buffer, params: Experts, devices: int):
@@ -70,7 +76,7 @@ def _visit(buffer, params: Experts, devices: int):
 
 
 def _in_rounds(x, experts, weights, params: Experts, devices: int, axes: tuple[str, ...]):
-    """`dropless` over devices that hold an equal share of the experts each, in order."""
+    """`dropless` over the devices that hold the experts."""
     if devices == 1:
         return dropless(x, experts, weights, params)
     own, slots = len(params.up), experts.size

@@ -20,7 +20,7 @@ from archlab.layers.contract import pytree, wide
 
 @pytree
 class Routing:
-    """experts [B, T, k]: the chosen, best first; weights [B, T, k]: of their outputs; probs [B, T, E]: softmax over all."""
+    """experts: the chosen, best first. weights: of their outputs. probs: softmax over all experts."""
 
     experts: Int[Array, "B T k"]
     weights: Float[Array, "B T k"]

@@ -52,7 +52,7 @@ if __name__ == "__main__":
     assert jax.device_count() == 8
     compare("dropless", MoE(8, 6), 8, 6, (1, 1, 8, 1), (2, 1, 4, 1), (2, 2, 2, 1), (1, 1, 4, 2), (4, 1, 1, 2))
     compare("capacity", MoE(8, 6, capacity_factor=0.7, jitter=0.1), 8, 6, (2, 2, 2, 1), (1, 1, 4, 2))
-    compare("crowded: several rounds, six experts receive nothing", MoE(8, 6), 8, 6, (1, 1, 8, 1), (2, 1, 4, 1), crowd=True)
+    compare("several rounds, six experts receive nothing", MoE(8, 6), 8, 6, (1, 1, 8, 1), (2, 1, 4, 1), crowd=True)
     compare("rows that do not divide", MoE(8, 6, TopK(3)), 3, 5, (2, 1, 4, 1))
     compare("capacity, rows that do not divide", MoE(8, 6, TopK(1), capacity_factor=1.0), 3, 5, (1, 1, 8, 1))
     compare("one token", MoE(8, 6), 2, 1, (2, 2, 2, 1))

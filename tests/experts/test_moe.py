@@ -1,6 +1,5 @@
 """The MoE layer against a slow loop written from the papers, and the behaviour of its training form."""
 
-import dataclasses
 import math
 
 import chex
@@ -84,10 +83,11 @@ def test_dropped_share(float64):
     _, module = make(router=TopK(1), capacity_factor=1.0)
     module.router = module.router.replace(jnp.zeros((D, E)).at[0, 0].set(1.0))
     x = stream().at[..., 0].set(5.0)
-    y, _, aux = module(x, tokens_of(np.ones((B, T)), TRAINING))
+    run = jax.jit(lambda training=None: module(x, tokens_of(np.ones((B, T)), training))[::2])
+    y, aux = run(TRAINING)
     assert aux.traces["dropped"] == 0.75 and aux.traces["load"].tolist() == [1, 0, 0, 0, 0]
     assert (y[:, 3:] == 0).all() and (jnp.abs(y[:, :3]).sum(-1) > 0).all()
-    assert module(x, tokens_of(np.ones((B, T))))[2].traces["dropped"] == 0
+    assert run()[1].traces["dropped"] == 0
 
 
 def test_padding_changes_nothing(float64):
@@ -108,16 +108,13 @@ def test_padding_changes_nothing(float64):
 
 
 def test_jitter_is_for_the_router_in_training_only(float64):
-    _, plain = make()
-    jittery = make(jitter=0.5)[1]
-    tokens, x = tokens_of(SEGMENTS), stream()
-    chex.assert_trees_all_equal(jittery(x, tokens)[0], plain(x, tokens)[0])
-    train = tokens_of(SEGMENTS, TRAINING)
-    assert (jittery(x, train)[2].traces["entropy"] != plain(x, train)[2].traces["entropy"]).all()
+    run = jax.jit(lambda module, x, training=None: module(x, tokens_of(SEGMENTS, training))[::2])
+    plain, jittery, x = make()[1], make(jitter=0.5)[1], stream()
+    chex.assert_trees_all_equal(run(jittery, x), run(plain, x))
+    (y, aux), (other, _) = run(jittery, x, TRAINING), run(jittery, x, Training(jax.random.key(4), jnp.int32(0)))
+    assert aux.traces["entropy"] != run(plain, x, TRAINING)[1].traces["entropy"] and not np.allclose(y, other)
     alone = MoE(1, F, router=TopK(1), jitter=0.5).build(nnx.Rngs(0), Place(D))  # one expert: nothing to be unsure of
-    chex.assert_trees_all_equal(alone(x, train)[0], alone(x, tokens)[0])
-    other = dataclasses.replace(train, training=Training(jax.random.key(4), jnp.int32(0)))
-    assert not np.allclose(jittery(x, other)[0], jittery(x, train)[0])
+    chex.assert_trees_all_equal(run(alone, x, TRAINING)[0], run(alone, x)[0])
 
 
 def test_decoding_equals_the_whole(float64):
@@ -133,11 +130,12 @@ def test_decoding_equals_the_whole(float64):
 def test_bfloat16_routes_in_float32():
     module = MoE(E, F).build(nnx.Rngs(0), Place(D))
     x = stream().astype(jnp.bfloat16)
-    y, _, aux = module(x, tokens_of(SEGMENTS))
+    run = jax.jit(lambda x: module(x, tokens_of(SEGMENTS))[::2])
+    y, aux = run(x)
     assert y.dtype == jnp.bfloat16
     assert {value.dtype for value in aux.losses.values()} == {jnp.dtype("float32")}
-    exact = module(x.astype(jnp.float32), tokens_of(SEGMENTS))[2]
-    chex.assert_trees_all_equal(aux, exact)  # the same router on the same numbers
+    exact = run(x.astype(jnp.float32))[1]
+    chex.assert_trees_all_close(aux, exact, rtol=1e-6)  # the same router on the same numbers
 
 
 def test_letters():

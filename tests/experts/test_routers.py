@@ -84,8 +84,8 @@ def test_padding_counts_nowhere():
 
 def test_nothing_but_padding_is_finite():
     routing, real = TopK(2)(jnp.zeros((1, 3, 4))), jnp.zeros((1, 3), bool)
-    for value in (balance_loss(routing, real), z_loss(jnp.zeros((1, 3, 4)), real), *routing_traces(routing, real).values()):
-        assert np.isfinite(value).all()
+    losses = balance_loss(routing, real), z_loss(jnp.zeros((1, 3, 4)), real)
+    assert all(np.isfinite(value).all() for value in (*losses, *routing_traces(routing, real).values()))
 
 
 @pytest.mark.parametrize("fields, named", [
