@@ -2,10 +2,10 @@
 
     python -m launch.local --processes=2 -- python -m experiments.train --model=transformer-tiny --batch=8
 
-Each process gets `--distributed --coordinator=localhost:PORT --processes=N --process_id=I` after its own arguments. It is
-how a run for many machines is tried on one: same code, same flags, only slower. Lines are prefixed with the process
-that wrote them. If one process fails, the others are ended, since they would wait for it without end; SIGTERM and
-Ctrl-C go to all of them. The exit code is the worst of those that ended by themselves.
+Each process gets `--distributed --coordinator=localhost:PORT --processes=N --process_id=I` after its own arguments.
+It is how a run for many machines is tried on one: same code, same flags, only slower. Lines are prefixed with the
+process that wrote them. If one process fails, the others are ended, since they would wait for it without end; SIGTERM
+and Ctrl-C go to all of them. The exit code is the worst of those that ended by themselves.
 """
 
 import argparse

@@ -107,15 +107,16 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def process_share(mesh: Mesh) -> tuple[int, int]:
     """(index, count): which of how many equal shares of a batch's rows this process must load.
 
-    Processes that differ only in the tensor axis load the same rows. ValueError where a process's rows are no such share.
+    Processes that differ only in the tensor axis load the same rows. ValueError where a process's rows are no such
+    share.
     """
-    owners = np.array([[device.process_index for device in row] for row in mesh.devices.reshape(-1, mesh.shape["tensor"])])
-    mine = np.flatnonzero((owners == jax.process_index()).any(1))
+    owners = [{device.process_index for device in row} for row in mesh.devices.reshape(-1, mesh.shape["tensor"])]
+    mine = [shard for shard, processes in enumerate(owners) if jax.process_index() in processes]
     count, index = len(owners) // len(mine), mine[0] // len(mine)
-    if not np.array_equal(mine, np.arange(index * len(mine), (index + 1) * len(mine))) or count * len(mine) != len(owners):
-        raise ValueError(f"process {jax.process_index()} owns the batch shards {mine.tolist()} of {len(owners)}: "
-                         "order the mesh's devices so that each process owns one even run of them")
-    return int(index), count
+    if count * len(mine) != len(owners) or mine != list(range(index * len(mine), (index + 1) * len(mine))):
+        raise ValueError(f"process {jax.process_index()} owns the batch shards {mine} of {len(owners)}: order the "
+                         "mesh's devices so that each process owns one even run of them")
+    return index, count
 
 
 def global_batch(batch, mesh: Mesh):

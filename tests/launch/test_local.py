@@ -17,7 +17,8 @@ PYTHON = [sys.executable, "-c"]
 def start(*command, processes=2, **options) -> subprocess.Popen:
     flags = [f"--processes={processes}", *(f"--{name}={value}" for name, value in options.items())]
     return subprocess.Popen([sys.executable, "-m", "launch.local", *flags, "--", *command], cwd=ROOT, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | {"PYTHONUNBUFFERED": "1"})
+                            env=os.environ | {"PYTHONUNBUFFERED": "1"}, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT)
 
 
 def test_each_process_gets_its_flags_and_a_prefix():
@@ -42,8 +43,8 @@ def test_one_failure_ends_all():
 
 
 def test_a_signal_reaches_every_process():
-    script = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); print('up'); time.sleep(60)"
-    process = start(*PYTHON, script)
+    process = start(*PYTHON, "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); "
+                             "print('up'); time.sleep(60)")
     for _ in range(2):
         assert process.stdout.readline().endswith("up\n")
     process.send_signal(signal.SIGTERM)

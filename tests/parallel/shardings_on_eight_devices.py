@@ -1,4 +1,4 @@
-"""What lies where on eight devices, and what travels; `test_eight_devices.py` runs this file in a process that has them."""
+"""What lies where on eight devices, and what travels; `test_eight_devices.py` runs this file."""
 
 import re
 
