@@ -69,7 +69,7 @@ def main() -> None:
     if jax.process_index() == 0:
         print(f"{FLAGS.model}: validation {result.evaluation.bits_per_byte:.3f} bits/byte, "
               f"{result.tokens_per_second:,.0f} tokens/s, in {FLAGS.out}\n"
-              f"next: python -m experiments.generate --model={FLAGS.out} --prompt='def '")
+              f"next: python -m experiments.generate --checkpoint={FLAGS.out} --prompt='def '")
 
 
 if __name__ == "__main__":

@@ -16,13 +16,13 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from archlab.experts.capacity import each_expert, with_capacity
 from archlab.experts.dispatch import Experts, dropless, plan, rank_in_group, through
 from archlab.layers.alphabet import MESH_AXES
-from archlab.layers.sharding import partition
+from archlab.layers.sharding import free_axes, partition
 
 SLACK = 2  # a round's room, in even shares
 
@@ -36,8 +36,7 @@ def run_experts(x: Float[Array, "B T D"], experts: Int[Array, "B T k"], weights:
     Args: experts: E for "nobody"; capacity: None for dropless, else the choices have passed `fit`.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    axes = {name: mesh.shape[name] for name, kind in zip(mesh.axis_names, mesh.axis_types)
-            if kind == AxisType.Auto and mesh.shape[name] > 1}  # those left to the compiler
+    axes = free_axes(mesh)
     if not axes:
         return _local(x, experts, weights, params, capacity, 1, ())
     into, out = partition("E.F", params.up.shape, mesh), partition("EF.", params.down.shape, mesh)

@@ -27,7 +27,7 @@ def partition(letters: str, shape: tuple[int, ...], mesh) -> PartitionSpec:
         axes, taken, parts = MESH_AXES.get(letter, ()), [], 1
         for axis in (axes,) if isinstance(axes, str) else axes:
             count = mesh.shape[axis]
-            if axis not in _free(mesh):
+            if axis not in free_axes(mesh):
                 continue
             if axis in used:
                 report(logging.INFO, f"{letters!r}: {axis} splits an earlier dimension, so not {letter} = {size}")
@@ -45,7 +45,7 @@ def partition(letters: str, shape: tuple[int, ...], mesh) -> PartitionSpec:
 def constrain(x: jax.Array, letters: str) -> jax.Array:
     """`x`, spread over the mesh in context as its letters say."""
     mesh = jax.sharding.get_abstract_mesh()
-    return jax.lax.with_sharding_constraint(x, partition(letters, x.shape, mesh)) if _free(mesh) else x
+    return jax.lax.with_sharding_constraint(x, partition(letters, x.shape, mesh)) if free_axes(mesh) else x
 
 
 def per_shard(function: Callable, inputs: str, outputs: str) -> Callable:
@@ -61,7 +61,7 @@ def per_shard(function: Callable, inputs: str, outputs: str) -> Callable:
     """
     def run(*arrays):
         mesh = jax.sharding.get_abstract_mesh()
-        if not _free(mesh):
+        if not free_axes(mesh):
             return function(*arrays)
         specs = lambda words, like: tuple(partition(w, a.shape, mesh) for w, a in zip(words.split(), like, strict=True))
         results = jax.eval_shape(function, *arrays)
@@ -69,12 +69,12 @@ def per_shard(function: Callable, inputs: str, outputs: str) -> Callable:
         out_specs = specs(outputs, results if many else (results,))
         # check_vma=False: shared arguments then count as one, and their gradient is summed at this door.
         return jax.shard_map(function, in_specs=specs(inputs, arrays), out_specs=out_specs if many else out_specs[0],
-                             axis_names=_free(mesh), check_vma=False)(*arrays)
+                             axis_names={*free_axes(mesh)}, check_vma=False)(*arrays)
 
     return run
 
 
-def _free(mesh) -> set[str]:
-    """The axes of more than one device that the compiler, and no enclosing `shard_map`, looks after."""
-    return {name for name, kind in zip(mesh.axis_names, mesh.axis_types)
+def free_axes(mesh) -> dict[str, int]:
+    """The axes of several devices, and their sizes, that the compiler and no enclosing `shard_map` looks after."""
+    return {name: mesh.shape[name] for name, kind in zip(mesh.axis_names, mesh.axis_types)
             if kind == AxisType.Auto and mesh.shape[name] > 1}
