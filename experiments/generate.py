@@ -21,7 +21,7 @@ from experiments import common
 FLAGS = flags.FLAGS
 
 flags.DEFINE_string("checkpoint", None, "The folder of a training run, or of archlab.save.")
-flags.DEFINE_string("model", None, "Instead: a model of the zoo or a Python file with a CONFIG, untrained; or a folder.")
+flags.DEFINE_string("model", None, "Instead: a name of the zoo or a Python file with a CONFIG, untrained; or a folder.")
 flags.DEFINE_string("prompt", None, "The text to continue.")
 flags.DEFINE_string("tokenizer", None, "bytes, bpe:VOCAB or the path of a tokenizer.json; by default that of the run.")
 flags.DEFINE_integer("max_new_tokens", 100, "How many tokens to add.")

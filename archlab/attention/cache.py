@@ -41,7 +41,7 @@ class KVCache:
             return store.at[row, slot].set(new.astype(store.dtype), mode="drop")
 
         def put_heads(store, new):
-            if new.shape[2] == 1:  # one write a head: of one write a row, XLA's CPU compiler makes two, and three copies
+            if new.shape[2] == 1:  # a write for each head; of one for all, XLA's CPU compiler makes copies of the cache
                 return store.at[row[:, None], head, slot[:, None]].set(new.astype(store.dtype), mode="drop")
             return store.at[row, :, slot].set(jnp.swapaxes(new, 1, 2).astype(store.dtype), mode="drop")
 

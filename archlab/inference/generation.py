@@ -72,8 +72,10 @@ def grow(state, larger):
     Args: larger: `init_state` at the greater length; the shapes say which axes have grown. Slots are numbered by the
       order of writing, so this holds while no ring has come round, that is up to the `max_length` of `state`.
     """
-    place = lambda small, large: jax.lax.dynamic_update_slice(large, small.astype(large.dtype), (0,) * large.ndim)
-    return jax.tree.map(lambda small, large: small if small.shape == large.shape else place(small, large), state, larger)
+    def place(small, large):
+        return small if small.shape == large.shape else jax.lax.dynamic_update_slice(large, small, (0,) * large.ndim)
+
+    return jax.tree.map(place, state, larger)
 
 
 class _Run:
@@ -143,7 +145,7 @@ def _programs(structure: nnx.GraphDef) -> dict:
         def body(carry):
             i, state, token, done, text = carry
             state, token, done = step(weights, state, token, done, index + i, choice, top_k)
-            return i + 1, state, token, done, jax.lax.dynamic_update_slice(text, token[:, None], (0, i))
+            return i + 1, state, token, done, jax.lax.dynamic_update_index_in_dim(text, token, i, 1)
 
         text = jnp.full((token.shape[0], slots), choice["eos"])
         return jax.lax.while_loop(more, body, (jnp.int32(0), state, token, done, text))[1:]
