@@ -16,6 +16,7 @@ import flax.nnx as nnx
 import jax
 import jax.numpy as jnp
 
+LARGE, PARTS = 2**17, 4  # on a CPU a vector times a matrix of so many numbers is taken in so many pieces
 COPIES = "LE"  # axes along which whole parameters are stacked: they are no part of any fan-in
 
 # Where a dimension may be split over the mesh. Batch rows are split over all the axes named for B.
@@ -90,8 +91,29 @@ def project(x: jax.Array, weight: nnx.Param, spec: str) -> jax.Array:
 
     Products of bfloat16 accumulate in float32: CPUs reach their matrix units only so, accelerators do it anyway.
     """
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    return jnp.einsum(spec, x, weight[...].astype(x.dtype), preferred_element_type=wide).astype(x.dtype)
+    if jax.default_backend() == "cpu" and weight.size >= LARGE and x.size % PARTS == 0 and _is_vector(x, spec):
+        return _vector_product(x, weight[...].astype(x.dtype), spec)
+    return _einsum(spec, x, weight[...].astype(x.dtype)).astype(x.dtype)
+
+
+def _einsum(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.einsum(spec, a, b, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
+
+
+def _is_vector(x: jax.Array, spec: str) -> bool:
+    """Whether all of `x` is summed over, along the first axes of the weight: one token of one row."""
+    letters, (before, _, after) = spec.partition(",")[0], spec.partition(",")[2].partition("->")
+    summed = "".join(c for c in letters if c in before and c not in after)
+    return before.startswith(summed) and x.size == math.prod(n for c, n in zip(letters, x.shape) if c in summed)
+
+
+def _vector_product(x: jax.Array, matrix: jax.Array, spec: str) -> jax.Array:
+    """A vector times a matrix, as `PARTS` pieces of the sum. XLA's CPU compiler gives the plain product to one core and
+    the pieces to several: decoding at batch 1 is 1.25 times as fast (11 M parameters, 4 free cores; 0.9 on busy ones).
+    """
+    pieces = _einsum("PD,PDF->PF", x.reshape(PARTS, -1), matrix.reshape(PARTS, x.size // PARTS, -1))
+    sizes = dict(zip(spec.partition(",")[2], matrix.shape))
+    return pieces.sum(0).reshape([sizes.get(letter, 1) for letter in outputs(spec)]).astype(x.dtype)
 
 
 def letters_of(module) -> dict[str, str]:
