@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from archlab.attention.cache import KVCache
-from archlab.attention.core import attend, attend_plain, visible
+from archlab.attention.core import attend, attend_state
 from archlab.attention.positions import Rotary
 from archlab.layers.alphabet import parameter, project
 from archlab.layers.config import LayerConfig, require
@@ -84,17 +84,8 @@ class AttentionModule(Layer):
         q, k, v = self._heads(x, tokens)
         if state is None:
             y = attend(q, k, v, tokens.segments, tokens.positions, window)
-        elif window is None:
-            state = state.append(k, v, tokens)
-            mask = visible(tokens.segments, tokens.positions, state.segments, state.positions)
-            y = attend_plain(q, state.keys.astype(q.dtype), state.values.astype(q.dtype), mask)
-        else:  # the piece looks at the ring and at itself, then its last tokens enter the ring
-            mask = visible(tokens.segments, tokens.positions,
-                           jnp.concatenate([state.segments, tokens.segments], 1),
-                           jnp.concatenate([state.positions, tokens.positions], 1), window)
-            y = attend_plain(q, jnp.concatenate([state.keys.astype(q.dtype), k], 2),
-                             jnp.concatenate([state.values.astype(q.dtype), v], 2), mask)
-            state = state.append(k, v, tokens)
+        else:
+            y, state = attend_state(q, k, v, tokens, state, window)
         return project(y, self.out, "BHTK,HKD->BTD"), state, Aux()
 
     def _heads(self, x, tokens: Tokens):

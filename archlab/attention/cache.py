@@ -47,3 +47,11 @@ class KVCache:
 
         return KVCache(put_heads(self.keys, keys), put_heads(self.values, values),
                        put(self.positions, tokens.positions), put(self.segments, tokens.segments), total)
+
+    def in_order(self) -> "KVCache":
+        """A ring turned so that its oldest token comes first and its newest last; empty slots before them."""
+        slots = self.keys.shape[2]
+        order = (self.cursor[:, None] + jnp.arange(slots)) % slots
+        heads = lambda store: jnp.take_along_axis(store, order[:, None, :, None], 2)
+        numbers = lambda store: jnp.take_along_axis(store, order, 1)
+        return KVCache(heads(self.keys), heads(self.values), numbers(self.positions), numbers(self.segments), self.cursor)

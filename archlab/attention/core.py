@@ -1,7 +1,7 @@
 """The attention core: softmax(Q K^T / sqrt(K)) V under the masks that tokens imply.
 
-`attend` chooses the best form for the platform; `attend_plain`, which keeps every score, is the oracle it is tested
-against. Heads come before time ("BHTK"), so that each head's product is one contiguous matrix product.
+`attend` chooses the best form for the platform, `attend_state` does so where there is a cache; `attend_plain`, which
+keeps every score, is the oracle they are tested against. Heads come before time ("BHTK"), so that each head's product is one contiguous matrix product.
 """
 
 import functools
@@ -10,17 +10,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from archlab.layers.contract import wide
-
-BLOCK = 128  # query rows per block on a CPU: a block's scores stay in the second-level cache
-
-
-def visible(query_segments: Int[Array, "B T"], query_positions: Int[Array, "B T"], key_segments: Int[Array, "B S"],
-            key_positions: Int[Array, "B S"], window: int | None = None) -> Bool[Array, "B T S"]:
-    """Which keys each query sees: those of its own document, not later, and fewer than `window` places back."""
-    distance = query_positions[:, :, None] - key_positions[:, None, :]
-    seen = (query_segments[:, :, None] == key_segments[:, None, :]) & (key_segments > 0)[:, None, :] & (distance >= 0)
-    return seen if window is None else seen & (distance < window)
+from archlab.attention.blocks import BLOCK, Places, attend_blocks
+from archlab.attention.cache import KVCache
+from archlab.attention.masks import visible
+from archlab.layers.contract import Tokens, wide
 
 
 def attend_plain(q: Float[Array, "B H T K"], k: Float[Array, "B G S K"], v: Float[Array, "B G S K"],
@@ -46,57 +39,34 @@ def attend(q: Float[Array, "B H T K"], k: Float[Array, "B G T K"], v: Float[Arra
     Args: q, k, v: rotated already; segments, positions: as in `Tokens`, padding last; window: None, or how many
       places back (itself included) a token sees.
     """
-    if window is not None and window < q.shape[2]:
-        return _attend_window(q, k, v, segments, positions, window)
-    if jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16):
+    whole = window is None or window >= q.shape[2]
+    if whole and jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16):
         return _attend_cudnn(q, k, v, segments, positions, window)
-    return _attend_blocks(q, k, v, segments, positions, window)
+    places = Places(segments, positions)
+    return attend_blocks(q, k, v, places, places, window)
 
 
-def _attend_blocks(q, k, v, segments, positions, window: int | None = None, block: int = BLOCK):
-    """Unrolled blocks of queries, each against the keys up to its end; scores are recomputed in the backward pass.
-
-    A window may matter even where it is as long as the piece: tokens that a router gathered stand close together and
-    are far apart.
-    """
-    T = q.shape[2]
-    block = max(block, -(-T // 32))  # at most 32 blocks: compile time grows with their number
-
-    outs = []
-    for start in range(0, T, block):
-        end = min(start + block, T)
-        outs.append(_attend_block(q[:, :, start:end], k[:, :, :end], v[:, :, :end], segments[:, start:end],
-                                  positions[:, start:end], segments[:, :end], positions[:, :end], window))
-    return jnp.concatenate(outs, axis=2)
-
-
-@jax.checkpoint  # one function for all layers: what was traced for the first serves the others
-def _attend_block(q, k, v, query_segments, query_positions, key_segments, key_positions, window):
-    return attend_plain(q, k, v, visible(query_segments, query_positions, key_segments, key_positions, window))
-
-
-def _attend_window(q, k, v, segments, positions, window: int):
-    """Blocks of `window` queries, each against its own block and the one before: cost O(T window)."""
-    T = q.shape[2]
-    blocks = -(-T // window)
-    pad = blocks * window - T
-    cut = lambda a, axis: jnp.moveaxis(
-        jnp.pad(a, [(0, pad if i == axis else 0) for i in range(a.ndim)])
-        .reshape(a.shape[:axis] + (blocks, window) + a.shape[axis + 1:]), axis, 0)
-    with_previous = lambda a, axis: jnp.concatenate([jnp.pad(a, [(1, 0)] + [(0, 0)] * (a.ndim - 1))[:-1], a], axis)
-    q, k, v = (cut(a, 2) for a in (q, k, v))
-    segments, positions = cut(segments, 1), cut(positions, 1)
-
-    @jax.checkpoint
-    def one(_, piece):
-        q, k, v, qs, qp, ks, kp = piece
-        return None, attend_plain(q, k, v, visible(qs, qp, ks, kp, window))
-
-    pieces = (q, with_previous(k, 3), with_previous(v, 3), segments, positions,
-              with_previous(segments, 2), with_previous(positions, 2))
-    _, out = jax.lax.scan(one, None, pieces)
-    out = jnp.moveaxis(out, 0, 2)
-    return out.reshape(out.shape[:2] + (blocks * window,) + out.shape[4:])[:, :, :T]
+def attend_state(q: Float[Array, "B H T K"], k: Float[Array, "B G T K"], v: Float[Array, "B G T K"], tokens: Tokens,
+                 state: KVCache, window: int | None = None) -> tuple[Float[Array, "B H T K"], KVCache]:
+    """Attention of a piece to what the cache holds and to itself; and the cache with the piece written."""
+    new = state.append(k, v, tokens)
+    if window is None:
+        keys, values, slots = new.keys.astype(q.dtype), new.values.astype(q.dtype), Places(new.segments, new.positions)
+    else:  # the piece's last tokens may have pushed out of the ring what its first ones see: look at both
+        ring = state if q.shape[2] <= BLOCK else state.in_order()
+        keys, values = (jnp.concatenate([a.astype(q.dtype), b], 2) for a, b in ((ring.keys, k), (ring.values, v)))
+        slots = Places(jnp.concatenate([ring.segments, tokens.segments], 1),
+                       jnp.concatenate([ring.positions, tokens.positions], 1))
+    queries = Places(tokens.segments, tokens.positions)
+    if q.shape[2] <= BLOCK:
+        return attend_plain(q, keys, values, visible(*queries, *slots, window)), new
+    if window is not None:
+        return attend_blocks(q, keys, values, queries, slots, window), new
+    stored = lambda a: a.astype(state.keys.dtype).astype(q.dtype)
+    y = jax.lax.cond((state.cursor == 0).all(),  # most prefills begin a text: half of the scores need no computing
+                     lambda: attend(q, stored(k), stored(v), tokens.segments, tokens.positions),
+                     lambda: attend_blocks(q, keys, values, queries, slots, ordered=False))
+    return y, new
 
 
 def _attend_cudnn(q, k, v, segments, positions, window):

@@ -10,7 +10,9 @@ from flax import nnx
 import archlab
 from archlab.analysis.accounts import abstract, count_parameters, short
 from archlab.analysis.flops import count
-from archlab.attention import core
+from archlab.attention import attention
+from archlab.attention.blocks import GROUPS
+from archlab.attention.core import attend_plain, visible
 from archlab.experts.moe import MoE
 from archlab.experts.routers import TopK
 from archlab.layers.alphabet import parameters_of
@@ -19,10 +21,10 @@ from archlab.layers.repeat import Repeat, Shared
 
 def test_transformer_matmuls_follow_the_closed_formula():
     T, D, F, L, V, H = 4096, 128, 344, 6, 256, 4
-    block = 128  # causal blocks: a block of queries meets all keys up to its own end
+    stretch = T // GROUPS  # of queries, each of which meets all keys up to the end of its stretch
     weights = L * (4 * D * D + 3 * D * F)
     profile = archlab.profile("transformer-tiny", context=T)
-    scores = L * 2 * D * (T + block) / 2
+    scores = L * 2 * D * (T + stretch) / 2
     assert profile.forward.matmul == pytest.approx(2 * (weights + scores + D * V), rel=0.01)
     assert profile.training.matmul == pytest.approx(3 * profile.forward.matmul)
     assert profile.decode.matmul == pytest.approx(2 * (weights + L * 2 * D * T + D * V), rel=0.01)
@@ -35,9 +37,9 @@ def test_mamba_matmuls_and_scan_follow_the_closed_formula():
     F = 2 * D
     weights = L * (3 * D * F + F * (R + 2 * N) + R * F)
     profile = archlab.profile("mamba-tiny", context=T)
-    assert profile.forward.matmul == pytest.approx(2 * (weights + D * V), rel=0.01)
+    assert profile.forward.matmul == pytest.approx(2 * (weights + L * F * N + D * V), rel=0.01)  # C h is a product
     assert profile.decode.matmul == pytest.approx(profile.forward.matmul, rel=0.01)
-    scan = L * F * N * 6  # exp(dt A): 2, decay h + B (dt x): 3, C h: 1 product and its sum
+    scan = L * F * N * 5  # exp(dt A): 2, decay h + B (dt x): 3
     assert scan < profile.forward.elementwise < 2 * scan
     assert archlab.profile("mamba-tiny", context=8 * T).state_bytes == profile.state_bytes
     assert archlab.profile("mamba-tiny", context=8 * T).decode == profile.decode
@@ -46,7 +48,8 @@ def test_mamba_matmuls_and_scan_follow_the_closed_formula():
 @pytest.mark.parametrize("name", ["transformer-nano", "mamba-nano"])
 def test_training_is_the_real_gradient_without_recomputation(name, monkeypatch):
     monkeypatch.setattr(jax, "checkpoint", lambda fn, **_: fn)
-    monkeypatch.setattr(core, "_attend_block", core._attend_block.__wrapped__)
+    monkeypatch.setattr(attention, "attend", lambda q, k, v, segments, positions, window: attend_plain(
+        q, k, v, visible(segments, positions, segments, positions, window)))
     context, model = 128, abstract(archlab.get_config(name))
     structure, weights = nnx.split(model)
     ids = jax.ShapeDtypeStruct((1, context), jnp.int32)
@@ -56,7 +59,8 @@ def test_training_is_the_real_gradient_without_recomputation(name, monkeypatch):
         return model.losses(model(ids, logits="none").hidden, ids).mean()
 
     gradient, profile = count(jax.grad(loss), weights, ids) / context, archlab.profile(name, context)
-    assert profile.training.matmul == pytest.approx(gradient.matmul, rel=0.01)
+    # The gradients of outer products, which are elementwise, are products: a few per cent in a scan this small.
+    assert profile.training.matmul == pytest.approx(gradient.matmul, rel=0.03 if name == "mamba-nano" else 0.01)
     assert profile.training.elementwise == pytest.approx(gradient.elementwise, rel=0.35)
 
 

@@ -80,11 +80,12 @@ def test_forms_of_the_core_agree_with_gradients(length, window):
     seen = core.visible(tokens.segments, tokens.positions, tokens.segments, tokens.positions, window)
     forms = [lambda *qkv: core.attend_plain(*qkv, seen),
              lambda *qkv: core.attend(*qkv, tokens.segments, tokens.positions, window)]
-    if window is None:
-        forms.append(lambda *qkv: core._attend_blocks(*qkv, tokens.segments, tokens.positions, block=8))
+    places = core.Places(tokens.segments, tokens.positions)
+    for ordered, block in ((True, 8), (True, 3), (False, 8)):  # 64 / 3: loops over blocks, and a rest
+        forms.append(lambda *qkv, o=ordered, b=block: core.attend_blocks(*qkv, places, places, window, o, b))
     real = tokens.real[:, None, :, None]
-    runs = [jax.value_and_grad(lambda *qkv: (jnp.where(real, f(*qkv), 0) ** 2).sum(), argnums=(0, 1, 2))(q, k, v)
-            for f in forms]
+    loss = lambda f: lambda *qkv: (jnp.where(real, f(*qkv), 0) ** 2).sum()
+    runs = [jax.jit(jax.value_and_grad(loss(f), argnums=(0, 1, 2)))(q, k, v) for f in forms]
     for value, grads in runs[1:]:
         np.testing.assert_allclose(value, runs[0][0], rtol=1e-5)
         for got, want in zip(grads, runs[0][1]):
@@ -104,6 +105,31 @@ def test_no_square_matrix_is_kept():
 
     assert temporary(lambda q: core.attend_plain(q, q, q, seen)) > 4 * T * T
     assert temporary(lambda q: core.attend(q, q, q, tokens.segments, tokens.positions)) < 2 * T * T
+
+
+@pytest.mark.parametrize("window", [None, 40, 300])
+def test_long_pieces_continue_from_a_state(window):
+    """Pieces longer than a block: the first into an empty cache, the second behind it, without T x S scores."""
+    T, pieces = 600, ((0, 200), (200, 201), (201, 600))
+    module = jittered(Attention(2, window=window).build(nnx.Rngs(0), Place(8)))
+    x = jax.random.normal(jax.random.key(0), (2, T, 8))
+    tokens = tokens_of(jnp.stack([jnp.arange(T) // 250 + 1, jnp.where(jnp.arange(T) < 580, 1, 0)]))
+    want, _, _ = module(x, tokens)
+    state, outs = module.init_state(2, T), []
+    for start, end in pieces:
+        part = jax.tree.map(lambda a: a[:, start:end], tokens)
+        y, state, _ = jax.jit(lambda x, part, state: module(x, part, state))(x[:, start:end], part, state)
+        outs.append(y)
+    got = jnp.concatenate(outs, 1)
+    np.testing.assert_allclose(jnp.where(tokens.real[..., None], got - want, 0), 0, atol=2e-5)
+
+
+def test_prefill_into_a_state_keeps_no_rectangle_of_scores():
+    T = 2048
+    module = Attention(1, rotary=None).build(nnx.Rngs(0), Place(8))
+    prefill = jax.jit(lambda x, state: module(x, tokens_of(jnp.ones((1, T))), state)[:2])
+    compiled = prefill.lower(jnp.ones((1, T, 8)), module.init_state(1, T + 64)).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 2 * T * T
 
 
 def test_ring_cache_holds_the_window_and_no_more():
