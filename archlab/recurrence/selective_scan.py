@@ -4,9 +4,9 @@
 
 Gu & Dao 2023, Mamba (arXiv:2312.00752), section 3.2 and algorithm 2.
 
-Time runs step by step, since every channel of every state decays at its own rate and no product of matrices does the
-work. The gradient is written by hand: of the states only each chunk's first is kept, the rest of a chunk is computed
-again, and the gradients of all six arguments come out of one loop that runs backward.
+Every channel of every state decays at its own rate, so no product of matrices does this work, and time runs step by
+step on every kind of device. The gradient is written by hand: each chunk's first state is kept, the other states are
+computed again, and all gradients come out of one loop that runs backward.
 """
 
 import functools
@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-CHUNK = 16  # steps between the states that are kept for the backward pass; the states of one chunk should fit a cache
+CHUNK = 16  # steps between the states that are kept for the backward pass: a chunk of states should fit in a cache
 
-# Sums over N or F are written as dots, which a CPU does in a tenth of the time of a multiplication and a sum; HIGHEST
-# because elsewhere a dot would round the state.
+# Sums over N and F are dots: on a CPU, a product and its sum take several times as long. HIGHEST, because the dots of
+# GPUs and TPUs would round the state.
 dot = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
@@ -38,76 +38,84 @@ def selective_scan(x: Float[Array, "B T F"], dt: Float[Array, "B T F"], A: Float
     A, h = A.T.astype(h.dtype), jnp.swapaxes(h, 1, 2)  # channels last: they fill the vector registers
     steps = [jnp.moveaxis(a, 1, 0) for a in (dt, dt * x, B, C, starts)]
     if T == 1:
-        h, y = forward_step(A, h, *(a[0] for a in steps))
+        h, y = _step(A, h, *(a[0] for a in steps))
         return y[:, None], jnp.swapaxes(h, 1, 2)
 
-    size = min(CHUNK, max(T, 1))
+    size = max(1, min(CHUNK, T))
     chunks, pad = -(-T // size), -T % size  # padded steps have dt = 0: the identity
     cut = lambda a: jnp.pad(a, [(0, pad)] + [(0, 0)] * (a.ndim - 1)).reshape(chunks, size, *a.shape[1:])
-    y, h = scan_chunks(A, h, *map(cut, steps))
+    h, y = _scan(A, h, tuple(map(cut, steps)))
     return jnp.moveaxis(y.reshape(chunks * size, *y.shape[2:])[:T], 0, 1), jnp.swapaxes(h, 1, 2)
 
 
-# Below: time comes first, A is [N, F], states are [B, N, F], and u = dt * x. Chunks add a dimension in front of time.
+# From here on time comes first, in chunks; A is [N, F], a state [B, N, F], and u = dt * x.
 
 
-def decay(A, dt, start):
+def _decay(A, dt, start):
     return jnp.where(start[:, None, None], 0, jnp.exp(dt[:, None, :] * A))
 
 
-def forward_step(A, h, dt, u, B, C, start):
-    h = decay(A, dt, start) * h + B[:, :, None] * u[:, None, :]
+def _advance(A, h, dt, u, B, start):
+    return _decay(A, dt, start) * h + B[:, :, None] * u[:, None, :]
+
+
+def _step(A, h, dt, u, B, C, start):
+    h = _advance(A, h, dt, u, B, start)
     return h, dot("BN,BNF->BF", C, h)
 
 
+def _chunk(A, h, steps):
+    return jax.lax.scan(lambda h, now: _step(A, h, *now), h, steps)
+
+
 @jax.custom_vjp
-def scan_chunks(A, h, *chunks):
-    """Returns: y [chunks, size, B, F], and the last state."""
-    step = lambda h, now: forward_step(A, h, *now)
-    h, y = jax.lax.scan(lambda h, chunk: jax.lax.scan(step, h, chunk), h, chunks)
-    return y, h
+def _scan(A, h, chunks):
+    """The last state, and y [chunks, steps, B, F]."""
+    return jax.lax.scan(lambda h, steps: _chunk(A, h, steps), h, chunks)
 
 
-def scan_chunks_forward(A, h, *chunks):
-    def run(h, chunk):
-        last, y = jax.lax.scan(lambda h, now: forward_step(A, h, *now), h, chunk)
+def _forward(A, h, chunks):
+    def run(h, steps):
+        last, y = _chunk(A, h, steps)
         return last, (y, h)
 
     last, (y, firsts) = jax.lax.scan(run, h, chunks)
-    return (y, last), (A, firsts, chunks)
+    return (last, y), (A, firsts, chunks)
 
 
-def scan_chunks_backward(kept, gradients):
-    """With G_t the gradient of h_t through all that follows, and g_t = exp(dt_t A) G_t that of h_{t-1}:
+def _backward(kept, gradients):
+    """With g_t the gradient of h_{t-1} through all that comes after it, and G_t that of h_t:
 
-        G_t = C_t dy_t + g_{t+1}    dC_t = h_t . dy_t    dB_t = G_t . u_t    du_t = G_t . B_t    d(dt_t A) = g_t h_{t-1}
+        G_t = C_t dy_t + g_{t+1}      g_t = exp(dt_t A) G_t       d(dt_t A) = g_t h_{t-1}
+        dC_t = h_t . dy_t             dB_t = G_t . u_t            du_t = G_t . B_t
     """
     A, firsts, chunks = kept
-    dy, g = gradients
+    g, dy = gradients
     ones = jnp.ones(g.shape[:2], g.dtype)
 
     def again(h, now):
-        *now, dy = now
-        new, _ = forward_step(A, h, *now)
-        return new, (h, dot("BNF,BF->BN", new, dy))
+        dt, u, B, _, start, dy = now
+        after = _advance(A, h, dt, u, B, start)
+        return after, (h, dot("BNF,BF->BN", after, dy))
 
     def back(carry, now):
         g, dA = carry
-        dt, u, B, C, start, dy, before = now
+        dt, u, B, C, start, dy, h = now
         G = g + C[:, :, None] * dy[:, None, :]
-        g = decay(A, dt, start) * G
-        rate = g * before
-        ddt = dot("BN,BNF->BF", ones, rate * A)
-        return (g, dA + dt[:, None, :] * rate), (ddt, dot("BNF,BN->BF", G, B), dot("BNF,BF->BN", G, u))
+        g = _decay(A, dt, start) * G
+        rate = g * h
+        ddt = dot("BN,BNF->BF", ones, A * rate)
+        return (g, dA + dt[:, None, :] * rate), (ddt, dot("BN,BNF->BF", B, G), dot("BNF,BF->BN", G, u))
 
     def run(carry, chunk):
-        first, *steps = chunk
-        _, (before, dC) = jax.lax.scan(again, first, tuple(steps))
-        carry, (ddt, du, dB) = jax.lax.scan(back, carry, (*steps, before), reverse=True)
+        first, steps, dy = chunk
+        _, (h, dC) = jax.lax.scan(again, first, (*steps, dy))
+        carry, (ddt, du, dB) = jax.lax.scan(back, carry, (*steps, dy, h), reverse=True)
         return carry, (ddt, du, dB, dC)
 
-    carry, steps = jax.lax.scan(run, (g, jnp.zeros_like(g)), (firsts, *chunks, dy), reverse=True)
-    return carry[1].sum(0), carry[0], *steps, None
+    dA = jnp.zeros_like(g)  # a sum over rows at every step would cost more than a gradient for each row
+    (g, dA), steps = jax.lax.scan(run, (g, dA), (firsts, chunks, dy), reverse=True)
+    return dA.sum(0), g, (*steps, None)
 
 
-scan_chunks.defvjp(scan_chunks_forward, scan_chunks_backward)
+_scan.defvjp(_forward, _backward)
