@@ -59,7 +59,7 @@ def test_training_is_the_real_gradient_without_recomputation(name, monkeypatch):
         return model.losses(model(ids, logits="none").hidden, ids).mean()
 
     gradient, profile = count(jax.grad(loss), weights, ids) / context, archlab.profile(name, context)
-    # The gradients of outer products, which are elementwise, are products: a few per cent in a scan this small.
+    # A scan's gradient sums by products what the forward pass does element by element: a few per cent of one so small.
     assert profile.training.matmul == pytest.approx(gradient.matmul, rel=0.03 if name == "mamba-nano" else 0.01)
     assert profile.training.elementwise == pytest.approx(gradient.elementwise, rel=0.35)
 
