@@ -49,9 +49,9 @@ def _forward(q, k, v, queries, keys, window, ordered, block):
         weights = jnp.exp(scores - top)
         sums = jnp.maximum(weights.sum(-1, keepdims=True), jnp.finfo(scores.dtype).tiny)
         out = _mix(weights.astype(v.dtype), _cut(v, columns, 2)) / sums.astype(v.dtype)
-        return _put(y, out, rows), _put(total, top + jnp.log(sums), rows)
+        return _put(y, out, rows, 3), _put(total, (top + jnp.log(sums))[..., 0], rows, 3)
 
-    carry = jnp.zeros_like(grouped), jnp.zeros(grouped.shape[:-1] + (1,), wide(q).dtype)
+    carry = jnp.zeros_like(grouped), jnp.zeros(grouped.shape[:-1], wide(q).dtype)
     y, total = _fold(one, carry, T, k.shape[2], window, ordered, block)
     y = y.reshape(q.shape)
     return y, (q, k, v, queries, keys, y, total)
@@ -60,17 +60,17 @@ def _forward(q, k, v, queries, keys, window, ordered, block):
 def _backward(window, ordered, block, saved, dy):
     q, k, v, queries, keys, y, total = saved
     T, S, scale = q.shape[2], k.shape[2], q.shape[-1] ** -0.5
-    q, y, dy = (a.reshape(total.shape[:-1] + (-1,)) for a in (q * scale, y, dy))
-    inner = (wide(y) * dy).sum(-1, keepdims=True)  # sum over keys of weight times its gradient
+    q, y, dy = (a.reshape(total.shape + (-1,)) for a in (q * scale, y, dy))
+    inner = (wide(y) * dy).sum(-1)  # sum over keys of weight times its gradient
 
     def one(carry, rows, columns):
         dq, dk, dv = carry
-        weights = jnp.exp(_scores(q, k, queries, keys, window, rows, columns) - _cut(total, rows, 3))
+        weights = jnp.exp(_scores(q, k, queries, keys, window, rows, columns) - _cut(total, rows, 3)[..., None])
         dy_, k_, v_ = _cut(dy, rows, 3), _cut(k, columns, 2), _cut(v, columns, 2)
-        dscores = weights * (_match(dy_, v_) - _cut(inner, rows, 3))
+        dscores = weights * (_match(dy_, v_) - _cut(inner, rows, 3)[..., None])
         dscores = dscores.astype(q.dtype)
-        add = lambda total, a, b: _put(total, _cut(total, columns, 2) + _gather(a, b), columns)
-        return (_put(dq, scale * _mix(dscores, k_), rows), add(dk, dscores, _cut(q, rows, 3)),
+        add = lambda total, a, b: _put(total, _cut(total, columns, 2) + _gather(a, b), columns, 2)
+        return (_put(dq, scale * _mix(dscores, k_), rows, 3), add(dk, dscores, _cut(q, rows, 3)),
                 add(dv, weights.astype(v.dtype), dy_))
 
     zeros = jnp.zeros_like(q), jnp.zeros_like(wide(k)), jnp.zeros_like(wide(v))
@@ -142,6 +142,5 @@ def _cut(a: jax.Array, part: tuple, axis: int) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(a, *part, axis)
 
 
-def _put(a: jax.Array, value: jax.Array, part: tuple) -> jax.Array:
-    """`a` with a part along its last axis but one replaced."""
-    return jax.lax.dynamic_update_slice_in_dim(a, value.astype(a.dtype), part[0], a.ndim - 2)
+def _put(a: jax.Array, value: jax.Array, part: tuple, axis: int) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(a, value.astype(a.dtype), part[0], axis)

@@ -54,4 +54,5 @@ class KVCache:
         order = (self.cursor[:, None] + jnp.arange(slots)) % slots
         heads = lambda store: jnp.take_along_axis(store, order[:, None, :, None], 2)
         numbers = lambda store: jnp.take_along_axis(store, order, 1)
-        return KVCache(heads(self.keys), heads(self.values), numbers(self.positions), numbers(self.segments), self.cursor)
+        return KVCache(heads(self.keys), heads(self.values),
+                       numbers(self.positions), numbers(self.segments), self.cursor)

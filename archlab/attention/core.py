@@ -1,7 +1,8 @@
 """The attention core: softmax(Q K^T / sqrt(K)) V under the masks that tokens imply.
 
 `attend` chooses the best form for the platform, `attend_state` does so where there is a cache; `attend_plain`, which
-keeps every score, is the oracle they are tested against. Heads come before time ("BHTK"), so that each head's product is one contiguous matrix product.
+keeps every score, is the oracle they are tested against. Heads come before time ("BHTK"), so that each head's product
+is one contiguous matrix product.
 """
 
 import functools
