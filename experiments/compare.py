@@ -26,7 +26,7 @@ SIX = ["transformer-tiny", "universal-transformer-tiny", "mixture-of-experts-tin
        "mixture-of-recursions-tiny", "jamba-tiny"]
 # Found by three trials each at the quick preset's budget, see docs/learning_rates.md; others start at 3e-3.
 LEARNING_RATES = {}
-PRESETS = {"quick": dict(flops=2.0e12, seeds=1, lr_trials=1), "hour": dict(flops=1.0e13, seeds=3, lr_trials=3)}
+PRESETS = {"quick": dict(flops=1.2e12, seeds=1, lr_trials=1), "hour": dict(flops=2.0e12, seeds=3, lr_trials=3)}
 
 FLAGS = flags.FLAGS
 flags.DEFINE_list("models", SIX, "Names of the zoo, or Python files of yours with a CONFIG.")
@@ -39,7 +39,7 @@ flags.DEFINE_integer("seeds", None, "Runs of each model at its best learning rat
 flags.DEFINE_integer("lr_trials", None, "Learning rates tried for each model, a factor 3 apart. The preset's by default.")
 flags.DEFINE_string("data", "stdlib", "The corpus: stdlib, text:GLOB or tfds:NAME[/CONFIG].")
 flags.DEFINE_string("tokenizer", "bytes", "bytes, bpe:VOCAB or the path of a tokenizer.json.")
-flags.DEFINE_integer("batch", 8, "Rows a step.")
+flags.DEFINE_integer("batch", 4, "Rows a step.")
 flags.DEFINE_integer("context", 256, "Tokens a row.")
 flags.DEFINE_integer("eval_batches", 16, "Validation batches behind each figure: the same for every model.")
 flags.DEFINE_string("out", "runs/compare", "The folder of the comparison.")

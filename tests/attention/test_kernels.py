@@ -1,0 +1,50 @@
+"""The platforms' kernels, as far as a CPU can tell: splash attention interpreted, and both lowered for their devices."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+
+from archlab.attention import kernels
+from archlab.attention.core import attend_plain
+from archlab.attention.masks import visible
+from tests.helpers import tokens_of
+
+
+def inputs(length=256, size=64):
+    keys = jax.random.split(jax.random.key(0), 3)
+    q = jax.random.normal(keys[0], (2, 4, length, size))
+    k, v = (jax.random.normal(key, (2, 2, length, size)) for key in keys[1:])
+    segments = jnp.stack([jnp.arange(length) // 100 + 1, jnp.where(jnp.arange(length) < length - 30, 1, 0)])
+    return q, k, v, tokens_of(segments)
+
+
+def test_splash_is_attention():
+    q, k, v, tokens = inputs()
+    seen = visible(tokens.segments, tokens.positions, tokens.segments, tokens.positions)
+    real = tokens.real[:, None, :, None]
+    forms = (lambda q, k, v: attend_plain(q, k, v, seen),
+             lambda q, k, v: kernels.attend_splash(q, k, v, tokens.segments, interpret=True))
+    (want, want_grads), (got, got_grads) = (
+        jax.value_and_grad(lambda *a: (jnp.where(real, f(*a), 0) ** 2).sum(), argnums=(0, 1, 2))(q, k, v) for f in forms)
+    np.testing.assert_allclose(got, want, rtol=1e-4)
+    for a, b in zip(got_grads, want_grads):
+        np.testing.assert_allclose(a, b, rtol=1e-2, atol=2e-3)
+
+
+def test_splash_lowers_for_tpus():
+    q, k, v, tokens = inputs(length=512)
+    grad = jax.jit(jax.grad(lambda *a: kernels.attend_splash(*a, tokens.segments).sum(), argnums=(0, 1, 2)))
+    module = export.export(grad, platforms=["tpu"])(*(a.astype(jnp.bfloat16) for a in (q, k, v))).mlir_module()
+    assert module.count("tpu_custom_call") == 3  # forward, the gradient of queries, that of keys and values
+
+
+@pytest.mark.parametrize("length, size, fits", [(256, 64, True), (200, 64, False), (256, 32, False)])
+def test_what_fits_splash(length, size, fits):
+    assert kernels.fits_splash(jnp.zeros((1, 1, length, size))) == fits
+
+
+def test_what_fits_cudnn():
+    of = lambda dtype, size: kernels.fits_cudnn(jnp.zeros((1, 1, 8, size), dtype))
+    assert of(jnp.bfloat16, 64) and not of(jnp.float32, 64) and not of(jnp.bfloat16, 256) and not of(jnp.float16, 12)
