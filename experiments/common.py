@@ -29,6 +29,21 @@ def join_processes() -> None:
         jax.distributed.initialize(flags.FLAGS.coordinator, flags.FLAGS.processes, flags.FLAGS.process_id)
 
 
+def define_checkpoint() -> None:
+    """The flags that name a trained model."""
+    flags.DEFINE_string("checkpoint", None, "The folder of a training run, or of archlab.save.")
+    flags.DEFINE_multi_string("code", [], "A Python file of yours that defines configs the checkpoint names. Repeatable.")
+
+
+def load_checkpoint(folder: str):
+    """The model in a folder, after running the files of `--code`; a checkpoint itself never runs anything."""
+    import archlab
+
+    for path in flags.FLAGS.code:
+        _run_file(Path(path))
+    return archlab.load(folder)
+
+
 def model_config(model: str, changes: list[str], dtype: str | None = None) -> LanguageModel:
     """The config that `--model`, `--set` and `--dtype` describe.
 
@@ -80,16 +95,20 @@ def leave(message: str, code: int = 2) -> NoReturn:
 
 
 def _config_of_file(path: Path) -> LanguageModel:
+    config = getattr(_run_file(path), "CONFIG", None)
+    if not isinstance(config, LanguageModel):
+        raise ValueError(f"{path} must define CONFIG, a LanguageModel; it is {type(config).__name__}")
+    return config
+
+
+def _run_file(path: Path):
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module
     spec.loader.exec_module(module)
-    config = getattr(module, "CONFIG", None)
-    if not isinstance(config, LanguageModel):
-        raise ValueError(f"{path} must define CONFIG, a LanguageModel; it is {type(config).__name__}")
-    return config
+    return module
 
 
 def _own_flags(program: str) -> list[str]:

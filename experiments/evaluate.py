@@ -1,8 +1,8 @@
 """Evaluates a checkpoint on a corpus: bits per byte, and the loss by place in the document.
 
-    python -m experiments.evaluate --model=runs/train --data=stdlib
+    python -m experiments.evaluate --checkpoint=runs/train --data=stdlib
 
---model is the folder of a training run or one that `archlab.save` wrote. Of a run, the tokenizer and the context are
+--checkpoint is the folder of a training run or one that `archlab.save` wrote. Of a run, the tokenizer and the context are
 those it was trained with, unless flags say otherwise. Prints a table, then one line of JSON.
 
 Expected: transformer-tiny after the 200 steps of experiments.train has about 3.1 bits per byte on the whole validation
@@ -18,7 +18,7 @@ from experiments import common
 
 FLAGS = flags.FLAGS
 
-flags.DEFINE_string("model", "runs/train", "The folder of a training run, or of archlab.save.")
+common.define_checkpoint()
 flags.DEFINE_string("data", None, "The corpus, of which the validation side is read; by default that of the run.")
 flags.DEFINE_string("tokenizer", None, "bytes, bpe:VOCAB or the path of a tokenizer.json; by default that of the run.")
 flags.DEFINE_integer("context", None, "Tokens a row; by default that of the run, or 256.")
@@ -27,13 +27,14 @@ flags.DEFINE_integer("batches", 0, "Batches to read; 0 for all.")
 
 
 def main() -> None:
-    import archlab
     from archlab.data import load_corpus, tokenizer_from, validation_batches
     from archlab.layers.weights import split
     from archlab.training.evaluation import evaluate, make_evaluate_step
 
-    model = archlab.load(FLAGS.model)
-    saved = json.loads((Path(FLAGS.model) / "config.json").read_text())  # of a run, or of a model: then without `data`
+    if FLAGS.checkpoint is None:
+        raise ValueError("give --checkpoint=FOLDER")
+    model = common.load_checkpoint(FLAGS.checkpoint)
+    saved = json.loads((Path(FLAGS.checkpoint) / "config.json").read_text())  # of a run, or of a model: then without `data`
     choose = lambda flag, name, default: saved.get(name, default) if flag is None else flag
     # A tokenizer that is learned is learned from the corpus of the run, whatever the model is then evaluated on.
     corpus = load_corpus(choose(FLAGS.data, "data", "stdlib"))
@@ -50,7 +51,7 @@ def main() -> None:
     print(f"{'tokens before':>17}  {'nats per token':>14}  {'targets':>9}")
     for first, last, loss, count in rows:
         print(f"{first if first == last else f'{first}-{last}':>17}  {loss:>14.4f}  {count:>9,}")
-    print(json.dumps({"model": FLAGS.model, "data": corpus.name, "context": context, "loss": result.loss,
+    print(json.dumps({"checkpoint": FLAGS.checkpoint, "data": corpus.name, "context": context, "loss": result.loss,
                       "bits_per_byte": result.bits_per_byte, "tokens": int(result.targets.sum()),
                       "bytes": int(result.bytes), "by_position": rows}))
 

@@ -20,8 +20,8 @@ from experiments import common
 
 FLAGS = flags.FLAGS
 
-flags.DEFINE_string("checkpoint", None, "The folder of a training run, or of archlab.save.")
-flags.DEFINE_string("model", None, "Instead: a name of the zoo or a Python file with a CONFIG, untrained; or a folder.")
+common.define_checkpoint()
+flags.DEFINE_string("model", None, "Instead: a name of the zoo or a Python file with a CONFIG, untrained.")
 flags.DEFINE_string("prompt", None, "The text to continue.")
 flags.DEFINE_string("tokenizer", None, "bytes, bpe:VOCAB or the path of a tokenizer.json; by default that of the run.")
 flags.DEFINE_integer("max_new_tokens", 100, "How many tokens to add.")
@@ -76,10 +76,9 @@ def load():
 
     if (FLAGS.checkpoint is None) == (FLAGS.model is None):
         raise ValueError("give either --checkpoint=FOLDER or --model=NAME")
-    folder = FLAGS.checkpoint or FLAGS.model
-    if FLAGS.checkpoint is not None or Path(folder).is_dir():
-        model = archlab.load(folder)
-        saved = json.loads((Path(folder) / "config.json").read_text())  # of a run, or of a model: then without `data`
+    if FLAGS.checkpoint is not None:
+        model = common.load_checkpoint(FLAGS.checkpoint)
+        saved = json.loads((Path(FLAGS.checkpoint) / "config.json").read_text())  # of a model alone: without `data`
     else:
         model, saved = archlab.create_model(common.model_config(FLAGS.model, []), nnx.Rngs(FLAGS.seed)), {}
     spec = FLAGS.tokenizer or saved.get("tokenizer", "bytes")

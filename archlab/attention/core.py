@@ -5,12 +5,11 @@ keeps every score, is the oracle they are tested against. Heads come before time
 is one contiguous matrix product.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from archlab.attention import kernels
 from archlab.attention.blocks import BLOCK, Places, attend_blocks
 from archlab.attention.cache import KVCache
 from archlab.attention.masks import visible
@@ -40,9 +39,11 @@ def attend(q: Float[Array, "B H T K"], k: Float[Array, "B G T K"], v: Float[Arra
     Args: q, k, v: rotated already; segments, positions: as in `Tokens`, padding last; window: None, or how many
       places back (itself included) a token sees.
     """
-    whole = window is None or window >= q.shape[2]
-    if whole and jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16):
-        return _attend_cudnn(q, k, v, segments, positions, window)
+    platform = jax.default_backend()
+    if window is None and platform == "gpu" and kernels.fits_cudnn(q):
+        return kernels.attend_cudnn(q, k, v, segments, positions)
+    if window is None and platform == "tpu" and kernels.fits_splash(q):
+        return kernels.attend_splash(q, k, v, segments)
     places = Places(segments, positions)
     return attend_blocks(q, k, v, places, places, window)
 
@@ -68,10 +69,3 @@ def attend_state(q: Float[Array, "B H T K"], k: Float[Array, "B G T K"], v: Floa
                      lambda: attend(q, stored(k), stored(v), tokens.segments, tokens.positions),
                      lambda: attend_blocks(q, keys, values, queries, slots, ordered=False))
     return y, new
-
-
-def _attend_cudnn(q, k, v, segments, positions, window):
-    time_major = functools.partial(jnp.swapaxes, axis1=1, axis2=2)
-    mask = visible(segments, positions, segments, positions, window)[:, None]
-    out = jax.nn.dot_product_attention(time_major(q), time_major(k), time_major(v), mask=mask, implementation="cudnn")
-    return jnp.where(segments[:, None, :, None] > 0, time_major(out), 0)

@@ -166,11 +166,11 @@ def test_kill_in_mid_run_then_the_same_command(run, tmp_path):
     assert 12 <= reached < 150
     run_again = subprocess.run(command(run, out), cwd=ROOT, capture_output=True, text=True, check=True)
     assert "going on after step" in run_again.stderr
-    assert f"experiments.generate --model={out}" in run_again.stdout
+    assert f"experiments.generate --checkpoint={out}" in run_again.stdout
     rows = read_rows(out / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, 151))
     assert losses(rows) == losses(train(run, log_every=1, quiet=True).history)
-    evaluated = subprocess.run([sys.executable, "-m", "experiments.evaluate", f"--model={out}", "--batch=4",
+    evaluated = subprocess.run([sys.executable, "-m", "experiments.evaluate", f"--checkpoint={out}", "--batch=4",
                                 "--batches=20"], cwd=ROOT, text=True, capture_output=True, check=True)
     report = json.loads(evaluated.stdout.splitlines()[-1])
     assert report["bits_per_byte"] == pytest.approx(rows[-1]["validation_bits_per_byte"], rel=1e-5)
