@@ -26,7 +26,7 @@ SIX = ["transformer-tiny", "universal-transformer-tiny", "mixture-of-experts-tin
        "mixture-of-recursions-tiny", "jamba-tiny"]
 # Found by three trials each at the quick preset's budget, see docs/learning_rates.md; others start at 3e-3.
 LEARNING_RATES = {}
-PRESETS = {"quick": dict(flops=1.2e12, seeds=1, lr_trials=1), "hour": dict(flops=2.0e12, seeds=3, lr_trials=3)}
+PRESETS = {"quick": dict(flops=1.2e12, seeds=1, lr_trials=1), "hour": dict(flops=1.2e12, seeds=3, lr_trials=3)}
 
 FLAGS = flags.FLAGS
 flags.DEFINE_list("models", SIX, "Names of the zoo, or Python files of yours with a CONFIG.")
