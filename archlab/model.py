@@ -51,7 +51,7 @@ class ModelState:
 
 
 class Output(NamedTuple):
-    """logits [B, T, V] ([B, 1, V] for "last", None for "none"); state; aux; hidden [B, T, D], normed, before the head."""
+    """logits [B, T, V] ([B, 1, V] for "last", None for "none"); state; aux; hidden [B, T, D], as the head gets it."""
 
     logits: jax.Array | None
     state: ModelState | None

@@ -50,7 +50,7 @@ def main() -> None:
         if peer:
             peer.close()
 
-    shown = Table(box=None, header_style="bold", title=f"{jax.devices()[0].device_kind}, {jax.device_count()} device(s)")
+    shown = Table(box=None, header_style="bold", title=f"{jax.device_count()} x {jax.devices()[0].device_kind}")
     columns = list(dict.fromkeys(key for row in rows for key in row))
     for i, column in enumerate(columns):
         shown.add_column(column.replace("_", " "), justify="right" if i > 1 else "left")
@@ -96,8 +96,8 @@ def training_row(name: str, config, peer) -> dict:
     mfu = speed * profile(config, T).training.matmul / peak_flops(config.dtype or "float32")
     if mfu > 1:
         raise ValueError(f"{name}: an MFU of {mfu:.0%} cannot be: the measurement went wrong; run it again")
-    row = {"model": name, "what": f"train {B} x {T}", "tokens_per_second": speed, "mfu": mfu, "compile_seconds": compiled,
-           "memory_MB": held / 1e6}
+    row = {"model": name, "what": f"train {B} x {T}", "tokens_per_second": speed, "mfu": mfu,
+           "compile_seconds": compiled, "memory_MB": held / 1e6}
     if peer:
         row |= {"peer_tokens_per_second": B * T / statistics.median(theirs[1:])}
         row["ratio"] = speed / row["peer_tokens_per_second"]

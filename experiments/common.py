@@ -32,7 +32,7 @@ def join_processes() -> None:
 def define_checkpoint() -> None:
     """The flags that name a trained model."""
     flags.DEFINE_string("checkpoint", None, "The folder of a training run, or of archlab.save.")
-    flags.DEFINE_multi_string("code", [], "A Python file of yours that defines configs the checkpoint names. Repeatable.")
+    flags.DEFINE_multi_string("code", [], "A Python file of yours whose configs the checkpoint names. Repeatable.")
 
 
 def load_checkpoint(folder: str):

@@ -36,7 +36,7 @@ flags.DEFINE_enum("match", "flops", ["flops", "params"], "What is equal: trainin
 flags.DEFINE_float("flops", None, "Training FLOPs a run, with --match=flops. The preset's by default.")
 flags.DEFINE_float("tokens", None, "Tokens a run, with --match=params. As many as the first model gets by default.")
 flags.DEFINE_integer("seeds", None, "Runs of each model at its best learning rate. The preset's by default.")
-flags.DEFINE_integer("lr_trials", None, "Learning rates tried for each model, a factor 3 apart. The preset's by default.")
+flags.DEFINE_integer("lr_trials", None, "Learning rates tried for each model, each 3 times the last.")
 flags.DEFINE_string("data", "stdlib", "The corpus: stdlib, text:GLOB or tfds:NAME[/CONFIG].")
 flags.DEFINE_string("tokenizer", "bytes", "bytes, bpe:VOCAB or the path of a tokenizer.json.")
 flags.DEFINE_integer("batch", 4, "Rows a step.")

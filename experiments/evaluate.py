@@ -2,8 +2,8 @@
 
     python -m experiments.evaluate --checkpoint=runs/train --data=stdlib
 
---checkpoint is the folder of a training run or one that `archlab.save` wrote. Of a run, the tokenizer and the context are
-those it was trained with, unless flags say otherwise. Prints a table, then one line of JSON.
+--checkpoint is the folder of a training run or one that `archlab.save` wrote. Of a run, the tokenizer and the context
+are those it was trained with, unless flags say otherwise. Prints a table, then one line of JSON.
 
 Expected: transformer-tiny after the 200 steps of experiments.train has about 3.1 bits per byte on the whole validation
 side of stdlib. Cost: 0.43 M tokens, half a minute on four CPU cores that also did other work.
@@ -34,7 +34,7 @@ def main() -> None:
     if FLAGS.checkpoint is None:
         raise ValueError("give --checkpoint=FOLDER")
     model = common.load_checkpoint(FLAGS.checkpoint)
-    saved = json.loads((Path(FLAGS.checkpoint) / "config.json").read_text())  # of a run, or of a model: then without `data`
+    saved = json.loads((Path(FLAGS.checkpoint) / "config.json").read_text())  # of a model alone: without `data`
     choose = lambda flag, name, default: saved.get(name, default) if flag is None else flag
     # A tokenizer that is learned is learned from the corpus of the run, whatever the model is then evaluated on.
     corpus = load_corpus(choose(FLAGS.data, "data", "stdlib"))

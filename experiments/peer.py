@@ -18,7 +18,7 @@ from archlab.recurrence.mamba import Mamba
 
 
 def describe(config: LanguageModel) -> tuple[str, dict]:
-    """The transformers class and its config fields for a Llama, Mixtral or Mamba shaped model. ValueError for others."""
+    """The transformers class and config fields for a Llama, Mixtral or Mamba shaped model. ValueError for others."""
     if config.dtype not in (None, "float32"):
         raise ValueError(f"--peer runs in float32, and this model in {config.dtype}: the comparison would not be fair")
     if not isinstance(config.body, Repeat):

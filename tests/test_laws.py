@@ -157,7 +157,7 @@ def test_gradients_are_finite(name):
 
 def test_scanned_equals_unrolled(float64, name):
     """Outputs, losses and traces agree between the two ways to run copies, in the training form too."""
-    config, model = archlab.get_config(name), model_of(name)
+    config = archlab.get_config(name)
     training = Training(jax.random.key(0), jnp.int32(5))
     outs = []
     for scan in (False, True):

@@ -43,7 +43,8 @@ def test_python(folder, code):
 
 
 def test_there_are_commands():
-    assert {c.split("-m ")[1].split()[0] for c in COMMANDS} >= {f"experiments.{name}" for name in SMALL} | {"launch.local"}
+    shown = {command.split("-m ")[1].split()[0] for command in COMMANDS}
+    assert shown >= {f"experiments.{name}" for name in SMALL} | {"launch.local"}
 
 
 @pytest.mark.xdist_group("readme")  # in their order: a later command uses what an earlier one left

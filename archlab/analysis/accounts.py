@@ -50,11 +50,6 @@ class Parameters:
     def active_body(self) -> int:
         return self.active - self.embedding
 
-    @property
-    def unique(self) -> int:
-        """Another word for `total`: weights are stored, and counted, once; `applied` counts every use."""
-        return self.total
-
 
 @dataclasses.dataclass(frozen=True)
 class Profile:

@@ -163,14 +163,14 @@ def verdict(ranked: Sequence[dict]) -> str:
 
 
 def _caveats(settings: Mapping[str, object], seeds: int) -> str:
-    words = ("These models have one or two million parameters and read a few million bytes. What wins here may lose at a "
-             "thousand times the size: sparse and recurrent families are known to gain from scale, and a law is fitted "
-             "by several sizes and budgets, not by one.\n\n"
+    words = ("These models have one or two million parameters and read less than a million bytes. What wins here may "
+             "lose at a thousand times the size: sparse and recurrent families are known to gain from scale, and a law "
+             "is fitted by several sizes and budgets, not by one.\n\n"
              "Times are of one machine under whatever else it was doing; compare them within this page only. "
              "FLOPs count matrix products and elementwise work alike, as the program has them.")
     if settings["learning-rate trials"] == 1:
         words += ("\n\nEach family ran at one learning rate, tuned once at this size; a different budget "
                   "moves the best rate, and not equally for all.")
     if seeds == 1:
-        words += "\n\nThere is one seed: small gaps mean nothing. `--preset=hour` runs three, with learning-rate trials."
+        words += "\n\nThere is one seed: small gaps mean nothing. `--preset=hour` runs three, with trials of the rate."
     return words

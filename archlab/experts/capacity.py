@@ -45,7 +45,7 @@ def with_capacity(x: Float[Array, "B T D"], experts: Int[Array, "B T k"], weight
 
     Args: compute: from a buffer [E, B * capacity, D] to one of the same shape (`each_expert`).
     """
-    (B, T, k), D = experts.shape, x.shape[-1]
+    (B, _, k), D = experts.shape, x.shape[-1]
     group = jnp.where(experts < count, experts * B + jnp.arange(B)[:, None, None], count * B).reshape(-1)
     rank, _ = rank_in_group(group, count * B)
     R = count * B * capacity

@@ -100,7 +100,7 @@ def project(x: jax.Array, weight: nnx.Param, spec: str) -> jax.Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _product(x: jax.Array, weight: jax.Array, spec: str) -> jax.Array:
     """The product itself. Its gradients are written out, because JAX's rule gives that of the weight transposed, and
-    XLA's CPU compiler then writes a transposed copy of `dy`: so an MLP's forward and backward pass is 1.5 times as fast.
+    XLA's CPU compiler then writes a transposed copy of `dy`: an MLP's forward and backward pass is 1.5 times as fast.
     They come in the weight's own precision.
     """
     return _einsum(spec, x, weight.astype(x.dtype)).astype(x.dtype)

@@ -48,7 +48,8 @@ class Config:
                 return tuple(of(v) for v in value)
             return value.map(change) if isinstance(value, Config) else value
 
-        return change(dataclasses.replace(self, **{f.name: of(getattr(self, f.name)) for f in dataclasses.fields(self)}))
+        fields = {field.name: of(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        return change(dataclasses.replace(self, **fields))
 
     def set(self, path: str, value: Any) -> Self:
         """A copy with the field at `path` replaced; a string value is read as a Python literal where it is one."""

@@ -16,7 +16,7 @@ class Sequence(LayerConfig):
 
     def __init__(self, *layers: LayerConfig, **fields):
         object.__setattr__(self, "layers", tuple(fields.get("layers", layers)))
-        require(all(isinstance(c, LayerConfig) for c in self.layers), self, "layers", "every one must be a layer config")
+        require(all(isinstance(c, LayerConfig) for c in self.layers), self, "layers", "each must be a layer config")
 
     def build(self, rngs: nnx.Rngs, at: Place) -> "SequenceModule":
         return SequenceModule(self, rngs, at)

@@ -5,7 +5,6 @@ What concerns activations acts on the mesh in context (`jax.set_mesh`), and does
 
 import functools
 import logging
-import math
 from collections.abc import Callable
 
 import jax

@@ -69,7 +69,8 @@ class MambaModule(Layer):
         self.select = parameter(rngs, "F->.", (F, R + 2 * N), uniform(F**-0.5))
         self.step = parameter(rngs, ".->F", (R, F), uniform(R**-0.5))
         self.step_bias = parameter(rngs, "->F", (F,), _step_bias)
-        rates = lambda key, shape, dtype: jnp.broadcast_to(jnp.log(jnp.arange(1, N + 1, dtype=dtype)), shape)  # S4D-Real
+        # S4D-Real: rates 1 to N, the same in every channel
+        rates = lambda key, shape, dtype: jnp.broadcast_to(jnp.log(jnp.arange(1, N + 1, dtype=dtype)), shape)
         self.A_log = parameter(rngs, "->FN", (F, N), rates)
         self.skip = parameter(rngs, "->F", (F,), nnx.initializers.ones)
         self.out = parameter(rngs, "F->D", (F, D), uniform((F * max(at.depth, 1)) ** -0.5))

@@ -20,7 +20,7 @@ from archlab.layers.repeat import Repeat, Shared
 
 
 def test_transformer_matmuls_follow_the_closed_formula():
-    T, D, F, L, V, H = 4096, 128, 344, 6, 256, 4
+    T, D, F, L, V = 4096, 128, 344, 6, 256
     stretch = T // GROUPS  # of queries, each of which meets all keys up to the end of its stretch
     weights = L * (4 * D * D + 3 * D * F)
     profile = archlab.profile("transformer-tiny", context=T)

@@ -1,4 +1,4 @@
-"""The platforms' kernels, as far as a CPU can tell: splash attention interpreted, and both lowered for their devices."""
+"""The platforms' kernels, as far as a CPU can tell: splash attention interpreted, and lowered for a TPU."""
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,8 @@ def test_splash_is_attention():
     forms = (lambda q, k, v: attend_plain(q, k, v, seen),
              lambda q, k, v: kernels.attend_splash(q, k, v, tokens.segments, interpret=True))
     (want, want_grads), (got, got_grads) = (
-        jax.value_and_grad(lambda *a: (jnp.where(real, f(*a), 0) ** 2).sum(), argnums=(0, 1, 2))(q, k, v) for f in forms)
+        jax.value_and_grad(lambda *a: (jnp.where(real, f(*a), 0) ** 2).sum(), argnums=(0, 1, 2))(q, k, v)
+        for f in forms)
     np.testing.assert_allclose(got, want, rtol=1e-4)
     for a, b in zip(got_grads, want_grads):
         np.testing.assert_allclose(a, b, rtol=1e-2, atol=2e-3)

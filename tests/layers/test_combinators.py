@@ -159,7 +159,8 @@ def test_shared_weights_are_held_once_with_corrections_of_their_own(scan):
     x = stream()
     want = x
     for i in range(3):  # the same layer with W + down_i up_i
-        layer = {k.removeprefix("unit/layer/layer/"): v for k, v in weights.items() if k.startswith("unit/layer/layer/")}
+        at = "unit/layer/layer/"
+        layer = {path.removeprefix(at): value for path, value in weights.items() if path.startswith(at)}
         down, gate, up = (layer[name] + weights[f"unit/down/{j}"][i] @ weights[f"unit/up/{j}"][i]
                           for j, name in enumerate(("down", "gate", "up")))
         h = want / jnp.sqrt((want**2).mean(-1, keepdims=True) + 1e-6) * weights["unit/layer/before/scale"]

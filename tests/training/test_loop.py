@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import archlab
-from archlab.data import load_corpus, train_batches
+from archlab.data import train_batches
 from archlab.training import loop
 from archlab.training.loop import Interrupted, Run, train
 from archlab.training.metrics import Journal, read_rows
