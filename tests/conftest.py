@@ -15,3 +15,10 @@ def float64():
     """Runs a test with 64-bit numbers, so that only a real difference shows."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Compiled programs of one file are of no use to the next, and gigabytes by the end."""
+    yield
+    jax.clear_caches()
