@@ -1,7 +1,9 @@
 """What the experiments share: models by name or file, `--set`, processes, and errors without tracebacks."""
 
+import hashlib
 import importlib.util
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -11,6 +13,9 @@ from absl import app, flags, logging
 from archlab.layers.config import near
 from archlab.model import LanguageModel
 from archlab.zoo import get_config
+
+
+_own_files: set[str] = set()  # files of the user's that were run: errors in them are told with their line
 
 
 def define_processes() -> None:
@@ -52,6 +57,7 @@ def model_config(model: str, changes: list[str], dtype: str | None = None) -> La
     """
     if model.endswith(".py"):
         config = _config_of_file(Path(model))
+        _check_state(config)
     else:
         config = get_config(model)
     for change in changes:
@@ -79,10 +85,13 @@ def run(main: Callable[[], None]) -> None:
         logging.set_verbosity(logging.WARNING)
         try:
             main()
-        except ValueError as error:
-            if flags.FLAGS.debug:
+        except Exception as error:
+            own = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename in _own_files]
+            if flags.FLAGS.debug or not (own or isinstance(error, ValueError)):
                 raise
-            leave(str(error))
+            place = f"\n  in {own[-1].filename}, line {own[-1].lineno}: {own[-1].line}" if own else ""
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            leave(f"{kind}{error}{place}")
 
     flags.DEFINE_bool("debug", False, "Show the traceback of an error in the input.")
     app.run(guarded, flags_parser=parse)
@@ -94,16 +103,54 @@ def leave(message: str, code: int = 2) -> NoReturn:
     sys.exit(code)
 
 
+def same_code(folder: Path, model: str) -> None:
+    """ValueError where `folder` holds a run of a file of one's own that has changed since; notes the file where it is
+    new. Configs are compared elsewhere: this is about the code that they name."""
+    if not model.endswith(".py"):
+        return
+    note, now = folder / "code.sha256", hashlib.sha256(Path(model).read_bytes()).hexdigest()
+    if note.is_file() and note.read_text() != now:
+        raise ValueError(f"{model} has changed since the run in {folder}: give another --out, or remove that folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    note.write_text(now)
+
+
+def code_flag(model: str) -> str:
+    """What a command that reads a checkpoint of this model needs beside it."""
+    return f" --code={model}" if model.endswith(".py") else ""
+
+
 def _config_of_file(path: Path) -> LanguageModel:
-    config = getattr(_run_file(path), "CONFIG", None)
+    module = _run_file(path)
+    config = getattr(module, "CONFIG", None)
     if not isinstance(config, LanguageModel):
-        raise ValueError(f"{path} must define CONFIG, a LanguageModel; it is {type(config).__name__}")
+        zoo = "; it has CONFIGS: in archlab/zoo/ its models go by their names" if hasattr(module, "CONFIGS") else ""
+        raise ValueError(f"{path} must define CONFIG, a LanguageModel{zoo}")
     return config
+
+
+def _check_state(config: LanguageModel) -> None:
+    """ValueError where a call does not give back a state like the one of `init_state`: no text could be generated."""
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    model = nnx.eval_shape(lambda: config.build(nnx.Rngs(0)))
+    before = jax.eval_shape(lambda m: m.init_state(1, 8), model)
+    after = jax.eval_shape(lambda m, s: m(jnp.zeros((1, 4), jnp.int32), s).state, model, before)
+    listed = lambda state: {jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}"
+                            for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
+    before, after = listed(before), listed(after)
+    for path in before | after:
+        if before.get(path) != after.get(path):
+            raise ValueError(f"the state {path} is {before.get(path)} from init_state and {after.get(path)} after a "
+                             "call: they must be the same (a layer that remembers defines init_state)")
 
 
 def _run_file(path: Path):
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
+    _own_files.add(str(path))
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module

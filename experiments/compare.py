@@ -32,7 +32,8 @@ FLAGS = flags.FLAGS
 flags.DEFINE_list("models", SIX, "Names of the zoo, or Python files of yours with a CONFIG.")
 flags.DEFINE_multi_string("set", [], "path=value: changes a field of every model's config. Repeatable.")
 flags.DEFINE_enum("preset", "quick", list(PRESETS), "quick: one seed; hour: three seeds, three learning rates.")
-flags.DEFINE_enum("match", "flops", ["flops", "params"], "What is equal: training FLOPs, or active parameters.")
+flags.DEFINE_enum("match", "flops", ["flops", "params"], "What is equal: training FLOPs; or active parameters,\n"
+                  "to which all but the first model are brought by their width.")
 flags.DEFINE_float("flops", None, "Training FLOPs a run, with --match=flops. The preset's by default.")
 flags.DEFINE_float("tokens", None, "Tokens a run, with --match=params. As many as the first model gets by default.")
 flags.DEFINE_integer("seeds", None, "Runs of each model at its best learning rate. The preset's by default.")
@@ -114,12 +115,15 @@ def main() -> None:
             raise ValueError(f"--{name} = {value}: must be positive")
     corpus = load_corpus(FLAGS.data)
     tokenizer = tokenizer_from(FLAGS.tokenizer, corpus)
-    configs = {Path(model).stem if model.endswith(".py") else model: common.model_config(model, FLAGS.set)
-               for model in FLAGS.models}
+    files = {Path(model).stem if model.endswith(".py") else model: model for model in FLAGS.models}
+    configs = {name: common.model_config(model, FLAGS.set) for name, model in files.items()}
     configs = {name: config.set("vocab", max(config.vocab, tokenizer.vocab)) for name, config in configs.items()}
     if FLAGS.match == "params":
         target = active_body(next(iter(configs.values())))
-        configs = {name: match(config, target) for name, config in configs.items()}
+        matched = {name: match(config, target) for name, config in configs.items()}
+        for name in configs:
+            print(f"{name}: width {configs[name].width} -> {matched[name].width} for {target:,.0f} active parameters")
+        configs = matched
     profiles = {name: profile(config, FLAGS.context) for name, config in configs.items()}
     cost = {name: accounts.training.total for name, accounts in profiles.items()}
     tokens = FLAGS.tokens or budget / cost[next(iter(cost))]
@@ -136,6 +140,8 @@ def main() -> None:
     rates = {name: [LEARNING_RATES.get(name, 3e-3) * 3.0 ** (i - (trials - 1) / 2) for i in range(trials)]
              for name in configs}
     trial_runs = {name: [run(name, rate, 0) for rate in rates[name]] for name in configs}  # all valid, or none begins
+    for name, file in files.items():
+        common.same_code(Path(FLAGS.out) / "code" / name, file)
     work, rows = Work(corpus, tokenizer, total=len(configs) * (trials + seeds - 1)), {}
     for name in configs:
         tried = [work.row(name, trial, cost[name]) for trial in trial_runs[name]]
@@ -156,7 +162,8 @@ def main() -> None:
     print("\n" + comparison.as_text(table))
     winner = min(table, key=lambda row: row["validation_bits_per_byte"])["model"]
     print(f"\npictures: {page}\nfigures: {out / 'results.csv'}\n"
-          f"next: python -m experiments.generate --checkpoint={rows[winner][0]['folder']} --prompt='def '")
+          f"next: python -m experiments.generate --checkpoint={rows[winner][0]['folder']}"
+          f"{common.code_flag(files[winner])} --prompt='def '")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ the first 20 validation batches, from 8.7 at the start. Cost: 0.4 M tokens,
 3 minutes on four CPU cores that also did other work.
 """
 
+from pathlib import Path
+
 from absl import flags
 
 from experiments import common
@@ -58,6 +60,7 @@ def main() -> None:
                           weight_decay=FLAGS.weight_decay)
     run = Run(model, FLAGS.steps, FLAGS.batch, FLAGS.context, FLAGS.data, FLAGS.tokenizer, FLAGS.seed,
               FLAGS.accumulate, optimizer)
+    common.same_code(Path(FLAGS.out), FLAGS.model)
     mesh = make_mesh(FLAGS.mesh) if FLAGS.mesh or jax.device_count() > 1 else None
     try:
         result = train(run, out=FLAGS.out, mesh=mesh, name=FLAGS.model, log_every=FLAGS.log_every,
@@ -69,7 +72,8 @@ def main() -> None:
     if jax.process_index() == 0:
         print(f"{FLAGS.model}: validation {result.evaluation.bits_per_byte:.3f} bits/byte, "
               f"{result.tokens_per_second:,.0f} tokens/s, in {FLAGS.out}\n"
-              f"next: python -m experiments.generate --checkpoint={FLAGS.out} --prompt='def '")
+              f"next: python -m experiments.generate --checkpoint={FLAGS.out}{common.code_flag(FLAGS.model)} "
+              "--prompt='def '")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,10 @@ import jax
 import pytest
 
 
+def pytest_addoption(parser):
+    parser.addoption("--model", help="A Python file of yours with a CONFIG, to hold to the laws (tests/test_laws.py).")
+
+
 @pytest.fixture
 def float64():
     """Runs a test with 64-bit numbers, so that only a real difference shows."""

@@ -15,19 +15,31 @@ import pytest
 import archlab
 from archlab.layers.config import from_json
 from archlab.layers.contract import Training
+from experiments.common import model_config
 from tests.helpers import build, cast, tokens_of, with_scan
 
 NANO = archlab.list_models("*-nano")
 B, T = 2, 22
-# One process for all laws of a model: they share its compiled programs.
-pytestmark = pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.xdist_group(n)) for n in NANO])
 close = functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-9)
+
+
+def pytest_generate_tests(metafunc):
+    """Every law for every small model of the zoo, or for the file that `--model` names."""
+    own = metafunc.config.getoption("--model")
+    # One process for all laws of a model: they share its compiled programs.
+    names = [pytest.param(n, marks=pytest.mark.xdist_group(n)) for n in ([own] if own else NANO)]
+    metafunc.parametrize("name", names)
+
+
+@functools.cache
+def config_of(name):
+    return model_config(name, [])
 
 
 @functools.cache
 def model_of(name):
     with jax.enable_x64(True):
-        return cast(build(archlab.get_config(name)), jnp.float64)
+        return cast(build(config_of(name)), jnp.float64)
 
 
 @functools.cache
@@ -54,12 +66,15 @@ def pieces(name, ids, cuts, segments=None, max_length=T):
 
 
 def test_size(name):
+    """Small enough for all of these tests; a file of one's own may be larger."""
+    if name not in NANO:
+        pytest.skip("not of the zoo")
     leaves = jax.tree.leaves(jax.eval_shape(lambda: archlab.create_model(name, archlab.zoo.nnx.Rngs(0))))
     assert sum(leaf.size for leaf in leaves) < 50_000
 
 
 def test_config_round_trip(name):
-    config = archlab.get_config(name)
+    config = config_of(name)
     assert from_json(config.to_json()) == config
 
 
@@ -70,7 +85,7 @@ def test_any_split_equals_one_pass(float64, name, cuts):
 
 def test_causal_by_change(float64, name):
     """Other tokens from place 13 on leave everything before it as it was."""
-    if not archlab.get_config(name).body.causal:
+    if not config_of(name).body.causal:
         pytest.skip("sees both ways by definition")
     ids, at = ids_of(), 13
     other = ids.at[:, at:].set((ids[:, at:] + 7) % 256)
@@ -81,9 +96,9 @@ def test_causal_by_change(float64, name):
 
 def test_causal_by_gradient(float64, name):
     """No output has a gradient from a later token; the last one has some from the first."""
-    if not archlab.get_config(name).body.causal:
+    if not config_of(name).body.causal:
         pytest.skip("sees both ways by definition")
-    body, x = model_of(name).body, jax.random.normal(jax.random.key(2), (1, 9, archlab.get_config(name).width))
+    body, x = model_of(name).body, jax.random.normal(jax.random.key(2), (1, 9, config_of(name).width))
     cotangent = jax.random.normal(jax.random.key(3), x.shape[-1:], jnp.float64)
     reach = jax.jit(jax.jacrev(lambda x: body(x, tokens_of(jnp.ones((1, 9))))[0][0] @ cotangent))(x.astype(jnp.float64))
     strength = np.abs(np.asarray(reach)[:, 0]).sum(-1)  # [output, input]
@@ -136,14 +151,14 @@ def test_decode_cost(float64, name):
         return count(lambda m, i, s: m(i, s).logits, model, jax.ShapeDtypeStruct((1, 1), jnp.int32), state).matmul
 
     short, long = step(256), step(1024)
-    assert long == short if archlab.get_config(name).body.recurrent else long <= 4 * short
+    assert long == short if config_of(name).body.recurrent else long <= 4 * short
 
 
 def test_gradients_are_finite(name):
     """In float32 and bfloat16, with a document of one token and with padding, in the training form."""
     segments = jnp.array([[1] * 12 + [2] * 1 + [3] * 9, [1] * 20 + [0] * 2])
     for dtype in (None, "bfloat16"):
-        model = build(archlab.get_config(name, dtype=dtype))
+        model = build(config_of(name).set("dtype", dtype))
 
         def loss(model):
             out = model(ids_of(), segment_ids=segments, training=Training(jax.random.key(0), jnp.int32(5)))
@@ -157,7 +172,7 @@ def test_gradients_are_finite(name):
 
 def test_scanned_equals_unrolled(float64, name):
     """Outputs, losses and traces agree between the two ways to run copies, in the training form too."""
-    config = archlab.get_config(name)
+    config = config_of(name)
     training = Training(jax.random.key(0), jnp.int32(5))
     outs = []
     for scan in (False, True):

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 LARGE, PARTS = 2**17, 4  # on a CPU a vector times a matrix of so many numbers is taken in so many pieces
+LETTERS = "BTDHGKFENVL."
 COPIES = "LE"  # axes along which whole parameters are stacked: they are no part of any fan-in
 
 # Where a dimension may be split over the mesh. Batch rows are split over all the axes named for B.
@@ -61,6 +62,8 @@ def parameter(rngs: nnx.Rngs, letters: str, shape: tuple[int, ...], init: Callab
 
     Returns: an `nnx.Param` in float32 with metadata `letters`, `decay` and `uses`.
     """
+    if letters.count("->") != 1 or not set(dims(letters)) <= set(LETTERS):
+        raise ValueError(f"letters {letters!r}: must be inputs -> outputs, as in 'D->HK' or '->F', of {LETTERS!r}")
     if len(dims(letters)) != len(shape):
         raise ValueError(f"letters {letters!r} name {len(dims(letters))} dimensions, shape {shape} has {len(shape)}")
     if init is None:

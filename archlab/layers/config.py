@@ -22,6 +22,10 @@ class Config:
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         dataclasses.dataclass(frozen=True)(cls)
+        known = _classes.get(cls.__name__)
+        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(f"a config class named {cls.__name__} exists already, in {known.__module__}: checkpoints "
+                             "name classes, so give yours a name of its own")
         _classes[cls.__name__] = cls
 
     def children(self) -> dict[str, "Config"]:
@@ -68,7 +72,10 @@ class Config:
             return dataclasses.replace(self, **{name: old.set(rest, value)})
         if rest:
             raise ValueError(f"{type(self).__name__}.{name} is {old!r}: it has no field {rest!r}")
-        return dataclasses.replace(self, **{name: _literal(value)})
+        new = _literal(value)
+        if isinstance(old, (int, float)) and isinstance(new, str):
+            raise ValueError(f"{type(self).__name__}.{name} = {new!r}: must be a number, as {old} is")
+        return dataclasses.replace(self, **{name: new})
 
     def to_json(self) -> str:
         """The whole tree as JSON text."""
@@ -150,7 +157,7 @@ def _decode(value):
     name = value.get("type")
     if name not in _classes:
         raise ValueError(f"no config class named {name!r} is imported; if it lives in a file of yours, import that "
-                         f"file first; {near(str(name), sorted(_classes))}")
+                         "file first (the experiments' flag --code=FILE does so)")
     cls, known = _classes[name], {field.name for field in dataclasses.fields(_classes[name])}
     unknown = set(value) - known - {"type"}
     if unknown:

@@ -46,7 +46,12 @@ class ResidualModule(Layer):
         return self.layer.init_state(batch, max_length, dtype, memory)
 
     def __call__(self, x, tokens: Tokens, state=None):
-        y, state, aux = self.layer(x if self.before is None else self.before(x), tokens, state)
+        said = self.layer(x if self.before is None else self.before(x), tokens, state)
+        if not (isinstance(said, tuple) and len(said) == 3):
+            raise ValueError(f"{type(self.layer).__name__} must return y, state, aux")
+        y, state, aux = said
+        if y.shape != x.shape:
+            raise ValueError(f"{type(self.layer).__name__} returned {y.shape}; it must be {x.shape}, as its input")
         if self.after is not None:
             y = self.after(y)
         if tokens.training is not None and self.dropout:

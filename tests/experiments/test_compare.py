@@ -118,3 +118,19 @@ def test_verdict_says_what_may_be_said():
     assert "not distinguishable" in comparison.verdict([row("a", 2.0, 0.1, 3), row("b", 2.1, 0.1, 3)])
     assert "standard errors over 3" in comparison.verdict([row("a", 2.0, 0.01, 3), row("b", 2.1, 0.01, 3)])
     assert "alone" in comparison.verdict([row("a", 2.0, None, 1)])
+
+
+def test_files_of_ones_own(tmp_path):
+    """A changed file is not taken for the run it once was, and its mistakes are told with their line."""
+    own = tmp_path / "own_toy.py"
+    code = ("from archlab.zoo.transformer import transformer\n"
+            "CONFIG = transformer(width=16, depth=1, heads=2, hidden=16)\n")
+    own.write_text(code)
+    flags = [f"--models={own}", "--match=params", "--tokens=300", "--seeds=1"]
+    done = compare(tmp_path / "out", *flags)
+    assert done.returncode == 0 and f"--code={own}" in done.stdout, done.stdout + done.stderr
+    own.write_text(code + "# another thought\n")
+    assert "has changed since" in compare(tmp_path / "out", *flags).stderr
+    own.write_text(code + "CONFIG.nothing()\n")
+    wrong = compare(tmp_path / "other", *flags)
+    assert wrong.returncode == 2 and f"{own}, line 3" in wrong.stderr and "Traceback" not in wrong.stderr

@@ -67,6 +67,25 @@ def test_residual_places_its_norms():
         np.testing.assert_allclose(module(x, TOKENS)[0], want, rtol=1e-6)
 
 
+class Wrong(LayerConfig):
+    """A layer that forgets a part of the contract."""
+
+    says: object
+
+    def build(self, rngs, at):
+        module = Identity().build(rngs, at)
+        call = lambda _, x, tokens, state=None: self.says(x)
+        module.__class__ = type("WrongModule", (type(module),), {"__call__": call})
+        return module
+
+
+@pytest.mark.parametrize("says, words", [(lambda x: (x, None), "WrongModule must return y, state, aux"),
+                                         (lambda x: (x[:, -1:], None, Aux()), "it must be")])
+def test_residual_tells_of_wrong_layers(says, words):
+    with pytest.raises(ValueError, match=words):
+        Residual(Wrong(says)).build(nnx.Rngs(0), Place(D))(stream(), TOKENS)
+
+
 def test_dropout_only_in_training_and_keeps_the_mean():
     module, x = make(Residual(MLP(24), dropout=0.5)), stream()
     plain = module(x, TOKENS)[0] - x

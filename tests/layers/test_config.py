@@ -67,6 +67,16 @@ def test_json_keeps_everything_and_runs_nothing():
         from_json('{"type": "MLP", "hidden": 4, "depth": 3}')
 
 
+def test_a_number_stays_a_number():
+    with pytest.raises(ValueError, match="MLP.hidden = 'abc': must be a number"):
+        MLP(8).set("hidden", "abc")
+
+
+def test_names_of_configs_are_not_taken_twice():
+    with pytest.raises(ValueError, match="named MLP exists already, in archlab.layers.mlp"):
+        type("MLP", (Config,), {"__module__": "elsewhere"})
+
+
 def test_subclass_is_frozen_and_printable():
     class Toy(Config):
         size: int = 3

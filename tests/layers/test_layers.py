@@ -63,6 +63,9 @@ def test_alphabet():
     assert wide_matrix.decay and not parameter(nnx.Rngs(0), "->F", (4,)).decay
     with pytest.raises(ValueError, match="name 2 dimensions"):
         parameter(nnx.Rngs(0), "D->F", (4,))
+    for letters in ("DF", "D->Q"):
+        with pytest.raises(ValueError, match="must be inputs -> outputs"):
+            parameter(nnx.Rngs(0), letters, (4, 4))
 
 
 def test_initialisation_of_a_repeated_model_is_by_fan_in():
