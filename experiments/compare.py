@@ -24,8 +24,9 @@ from experiments import common
 
 SIX = ["transformer-tiny", "universal-transformer-tiny", "mixture-of-experts-tiny", "mamba-tiny",
        "mixture-of-recursions-tiny", "jamba-tiny"]
-# Found by three trials each at the quick preset's budget, see docs/learning_rates.md; others start at 3e-3.
-LEARNING_RATES = {}
+# The best of 1e-3, 3e-3 and 9e-3 for each at the presets' budget (docs/comparison.md); others start at 3e-3.
+LEARNING_RATES = {"transformer-tiny": 1e-3, "universal-transformer-tiny": 1e-3, "mixture-of-experts-tiny": 3e-3,
+                  "mamba-tiny": 3e-3, "mixture-of-recursions-tiny": 1e-3, "jamba-tiny": 3e-3}
 PRESETS = {"quick": dict(flops=1.2e12, seeds=1, lr_trials=1), "hour": dict(flops=1.2e12, seeds=3, lr_trials=3)}
 
 FLAGS = flags.FLAGS
@@ -155,9 +156,12 @@ def main() -> None:
     table = comparison.summarise(rows, profiles)
     comparison.write_csv(out / "results.csv", table)
     inside = {name: look_inside(load(rows[name][0]["folder"]), corpus, tokenizer, FLAGS.context) for name in rows}
+    best_rate = {name: row[0]["learning_rate"] for name, row in rows.items()}
+    at_edge = [name for name, rate in best_rate.items() if trials > 1 and rate in (rates[name][0], rates[name][-1])]
     page = comparison.write_report(out, rows, table, inside, tokenizer, title="Architectures compared", settings={
         "preset": FLAGS.preset, "match": FLAGS.match, "corpus": FLAGS.data, "tokenizer": FLAGS.tokenizer,
         "context": FLAGS.context, "batch": FLAGS.batch, "seeds": seeds, "learning-rate trials": trials,
+        "best rate at the edge of those tried": ", ".join(at_edge) or "none",
         "device": jax.devices()[0].device_kind})
     print("\n" + comparison.as_text(table))
     winner = min(table, key=lambda row: row["validation_bits_per_byte"])["model"]

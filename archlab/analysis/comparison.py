@@ -63,7 +63,7 @@ def as_text(table: Sequence[dict]) -> str:
                       short(row["parameters_active"]), short(row["tokens"]), f"{row['training_seconds']:.0f}",
                       short(row["train_tokens_per_second"]), f"{row['decode_tokens_per_second']:.0f}",
                       short(row["state_bytes_4k"]) + "B")
-    console = Console(width=120)
+    console = Console(width=160)
     with console.capture() as captured:
         console.print(shown)
     return captured.get().rstrip()

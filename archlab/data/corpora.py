@@ -149,7 +149,8 @@ def _tfds(spec: str, name: str) -> Corpus:
     features = builder.info.features
     strings = [key for key, feature in features.items() if feature.shape == () and feature.np_dtype == object]
     if "text" not in strings and len(strings) != 1:
-        raise ValueError(f"corpus {spec!r} has string features {sorted(strings)}; it needs one named 'text' or exactly one")
+        raise ValueError(f"corpus {spec!r} has string features {sorted(strings)}; it needs one named 'text' or "
+                         "exactly one")
     key = "text" if "text" in strings else strings[0]
     return Corpus(spec, *(tuple(filter(None, (bytes(example[key]) for example in source))) for source in sources))
 
