@@ -9,7 +9,7 @@ network), figures as PNG, and each run's folder with metrics and checkpoints. Ca
 its start. --match=params: widths are changed until active parameters without embeddings agree within 3%, and all read
 the same tokens. Every model gets the same number of learning-rate trials, of one full run each.
 
-On 4 cores, --preset=quick takes about COST minutes.
+Expected: docs/comparison.md. Cost on four CPU cores: --preset=quick 4 to 5 minutes, --preset=hour about half an hour.
 """
 
 import json
