@@ -8,7 +8,7 @@ With --peer the same shapes run in Hugging Face transformers (extra [interop]) i
 with ours, so that both meet the same moods of the machine; compare ratios, not absolute figures. The last line is JSON.
 
 About a minute a model and shape on four CPU cores. Expected there: transformer-small trains as fast as the peer within
-some 20%, mamba-small several times as fast; both decode 2 to 4 times as fast.
+some 15%, mamba-small several times as fast; both decode 2 to 4 times as fast.
 """
 
 import json
