@@ -42,3 +42,14 @@ def with_scan(config: Config, scan: bool) -> Config:
 def build(config, seed: int = 0) -> nnx.Module:
     """The model of a config with jittered weights, built under jit."""
     return jittered(jax.jit(lambda: config.build(nnx.Rngs(seed)))())
+
+
+def in_pieces(run, state, x, tokens: Tokens, cuts) -> jax.Array:
+    """The outputs of `run(x, tokens, state)` over pieces of the given widths, each going on from the last, joined."""
+    outs, at = [], 0
+    for width in cuts:
+        piece = lambda a: a[:, at:at + width]
+        y, state, _ = run(piece(x), jax.tree.map(piece, tokens), state)
+        outs.append(y)
+        at += width
+    return jnp.concatenate(outs, 1)

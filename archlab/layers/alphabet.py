@@ -144,11 +144,6 @@ def _vector_product(x: jax.Array, matrix: jax.Array, spec: str) -> jax.Array:
     return pieces.sum(0).reshape([sizes.get(letter, 1) for letter in outputs(spec)]).astype(x.dtype)
 
 
-def letters_of(module) -> dict[str, str]:
-    """Path -> letters of every parameter of a module, for accounts, optimizers and sharding."""
-    return {path: variable.letters for path, variable in parameters_of(module).items()}
-
-
 def parameters_of(module) -> dict[str, nnx.Param]:
     """Path ("body/unit/layers/0/layer/query") -> parameter, in the module's order. Works on abstract modules too."""
     return {"/".join(map(str, path)): variable

@@ -16,7 +16,7 @@ from archlab.layers.residual import Residual
 from archlab.layers.sequence import Identity, Provide, Sequence
 from archlab.recurrence.mamba import Mamba
 from archlab.zoo import get_config
-from tests.helpers import cast, jittered, tokens_of
+from tests.helpers import in_pieces, cast, jittered, tokens_of
 
 B, T, D = 2, 40, 8
 BLOCK = Sequence(Residual(Attention(2)), Residual(SwiGLU(12)))
@@ -97,13 +97,8 @@ def test_splits_packing_and_padding(float64, unit):
     tokens, real = tokens_of(SEGMENTS), SEGMENTS > 0
     whole, _, aux = run(x, tokens, None)
     for cuts in ((40,), (19, 1, 1, 19), (1,) * 40):
-        state, outs, at = made.init_state(B, T, jnp.float64), [], 0
-        for width in cuts:
-            piece = lambda a: a[:, at:at + width]
-            y, state, _ = run(piece(x), jax.tree.map(piece, tokens), state)
-            outs.append(y)
-            at += width
-        np.testing.assert_allclose(jnp.concatenate(outs, 1)[real], whole[real], rtol=1e-9, atol=1e-9)
+        through = in_pieces(run, made.init_state(B, T, jnp.float64), x, tokens, cuts)
+        np.testing.assert_allclose(through[real], whole[real], rtol=1e-9, atol=1e-9)
     alone, _, said = run(x[:, 23:36], tokens_of(np.ones((B, 13))), None)
     np.testing.assert_allclose(whole[:, 23:36], alone, rtol=1e-9, atol=1e-9)
     np.testing.assert_array_equal(aux.traces["depth"][:, 23:36], said.traces["depth"])

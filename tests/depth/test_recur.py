@@ -18,7 +18,7 @@ from archlab.layers.mlp import SwiGLU
 from archlab.layers.residual import Residual
 from archlab.layers.sequence import Identity, Provide, Sequence
 from archlab.recurrence.mamba import Mamba
-from tests.helpers import cast, jittered, tokens_of
+from tests.helpers import in_pieces, cast, jittered, tokens_of
 
 B, T, D = 2, 17, 8
 BLOCK = Sequence(Residual(Attention(2), dropout=0.3), Residual(SwiGLU(12)))
@@ -102,14 +102,8 @@ def test_splits_packing_and_padding(float64, unit, scan):
     assert len(np.unique(aux.traces["halting/steps"])) >= 4
     real = segments > 0
     for cuts in ((40,), (19, 1, 1, 19), (1,) * 40):
-        state, outs, at = made.init_state(B, 40, jnp.float64), [], 0
-        tokens = tokens_of(segments)
-        for width in cuts:
-            piece = lambda a: a[:, at:at + width]
-            y, state, _ = run(piece(x), jax.tree.map(piece, tokens), state)
-            outs.append(y)
-            at += width
-        np.testing.assert_allclose(jnp.concatenate(outs, 1)[real], whole[real], rtol=1e-9, atol=1e-9)
+        through = in_pieces(run, made.init_state(B, 40, jnp.float64), x, tokens_of(segments), cuts)
+        np.testing.assert_allclose(through[real], whole[real], rtol=1e-9, atol=1e-9)
     alone, _, _ = run(x[:, 23:34], tokens_of(np.ones((B, 11))), None)
     np.testing.assert_allclose(whole[:, 23:34], alone, rtol=1e-9, atol=1e-9)
 

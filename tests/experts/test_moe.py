@@ -11,7 +11,7 @@ from flax import nnx
 
 from archlab.experts.moe import MoE
 from archlab.experts.routers import TopK
-from archlab.layers.alphabet import letters_of
+from archlab.layers.alphabet import parameters_of
 from archlab.layers.contract import Place, Training
 from tests.helpers import cast, tokens_of
 
@@ -140,7 +140,8 @@ def test_bfloat16_routes_in_float32():
 
 def test_letters():
     module = MoE(E, F).build(nnx.Rngs(0), Place(D))
-    assert letters_of(module) == {"router": "D->E", "up": "ED->F", "gate": "ED->F", "down": "EF->D"}
+    letters = {path: weight.letters for path, weight in parameters_of(module).items()}
+    assert letters == {"router": "D->E", "up": "ED->F", "gate": "ED->F", "down": "EF->D"}
     assert abs(float(module.up[...].std()) * D**0.5 - 1) < 0.2  # fan-in is D: the E copies are no part of it
 
 

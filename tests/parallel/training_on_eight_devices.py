@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import archlab
 from archlab.data import Batch
-from archlab.layers.alphabet import dims, letters_of
+from archlab.layers.alphabet import dims, parameters_of
 from archlab.layers.weights import split
 from archlab.parallel.mesh import global_batch, make_mesh, optimizer_shardings, parameter_shardings
 from archlab.training.step import TrainState, abstract, create_state, make_train_step
@@ -29,7 +29,8 @@ STEPS = 10
 
 
 def has_experts(name: str) -> bool:
-    return any("E" in dims(word) for word in letters_of(abstract(archlab.get_config(name))).values())
+    weights = parameters_of(abstract(archlab.get_config(name))).values()
+    return any("E" in dims(weight.letters) for weight in weights)
 
 
 MESHES = ["data:8", "fsdp:8", "tensor:2,data:4", "expert:8", "data:2,fsdp:2,tensor:2"]
