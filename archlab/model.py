@@ -7,9 +7,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from archlab.layers.alphabet import parameter
 from archlab.layers.config import Config, LayerConfig, near, require
-from archlab.layers.contract import Aux, Layer, Place, Tokens, Training, count_positions, pytree
+from archlab.layers.contract import Aux, Layer, Place, Tokens, Training, count_positions, pytree, wide
 from archlab.layers.embedding import Embedding, Head, cross_entropy, tied_logits
+from archlab.layers.mlp import add_bias
 from archlab.layers.norms import RMSNorm
 from archlab.layers.sharding import constrain
 
@@ -20,7 +22,9 @@ class LanguageModel(Config):
     """The config of a decoder: the one place where the width is stated.
 
     vocab: V. width: D. body: any layer config. norm: before the head. tied: the head reuses the embedding.
-    dtype: the compute dtype ("bfloat16", "float32"); None for that of the parameters, which are kept in float32.
+    dtype: the compute dtype ("bfloat16", "float32"); None for that of the parameters. embedding_scale: multiplies the
+    embedding (Gemma: sqrt(D)). logit_scale: multiplies the logits (Cohere, Granite); logit_cap: bounds them, by
+    `cap tanh(logit / cap)` (Gemma 2). head_bias: one more number per token of the vocabulary (GPT-J, Phi).
     """
 
     vocab: int
@@ -29,12 +33,17 @@ class LanguageModel(Config):
     norm: LayerConfig | None = RMSNorm()
     tied: bool = True
     dtype: str | None = None
+    embedding_scale: float = 1.0
+    logit_scale: float = 1.0
+    logit_cap: float | None = None
+    head_bias: bool = False
 
     def __post_init__(self):
         require(self.vocab >= 1, self, "vocab", "must be at least 1")
         require(self.width >= 1, self, "width", "must be at least 1")
         dtypes = ("bfloat16", "float16", "float32", "float64")
         require(self.dtype is None or self.dtype in dtypes, self, "dtype", near(str(self.dtype), dtypes))
+        require(self.logit_cap is None or self.logit_cap > 0, self, "logit_cap", "must be positive, or None")
         self.body.check(self.width)
 
     def build(self, rngs: nnx.Rngs) -> "Model":
@@ -43,11 +52,13 @@ class LanguageModel(Config):
 
 @pytree
 class ModelState:
-    """What the model remembers: the body's state, and per row the last document [B] and its length so far [B]."""
+    """What the model remembers: the body's state; per row the last document [B] and its length so far [B]; and how long
+    the whole text is declared to be (a scalar)."""
 
     body: Any
     segment: Int[Array, "B"]
     length: Int[Array, "B"]
+    context_length: Int[Array, ""]
 
 
 class Output(NamedTuple):
@@ -69,12 +80,15 @@ class Model(nnx.Module):
         self.body: Layer = config.body.build(rngs, at)
         self.norm = None if config.norm is None else config.norm.build(rngs, at)
         self.head = None if config.tied else Head(config.vocab, config.width, rngs)
+        self.head_bias = parameter(rngs, "->V", (config.vocab,)) if config.head_bias else None
 
-    def init_state(self, batch: int, max_length: int, dtype=None) -> ModelState:
+    def init_state(self, batch: int, max_length: int, dtype=None, context_length=None) -> ModelState:
         """The state before the first token, for rows of at most `max_length` tokens; caches in `dtype` (default: the
-        compute dtype)."""
+        compute dtype). context_length: what is declared to positions that depend on it; by default `max_length`."""
         numbers = lambda: jnp.zeros((batch,), jnp.int32)
-        return ModelState(self.body.init_state(batch, max_length, dtype or self.compute_dtype), numbers(), numbers())
+        body = self.body.init_state(batch, max_length, dtype or self.compute_dtype)
+        declared = jnp.asarray(max_length if context_length is None else context_length, jnp.int32)
+        return ModelState(body, numbers(), numbers(), declared)
 
     @property
     def compute_dtype(self):
@@ -108,9 +122,12 @@ class Model(nnx.Module):
         none = jnp.zeros(ids.shape[:1], jnp.int32)
         last, length = (none, none) if state is None else (state.segment, state.length)
         counted, last, length = count_positions(segments, last, length)
-        tokens = Tokens(segments, counted if positions is None else positions, training or None)
+        declared = jnp.int32(ids.shape[1]) if state is None else state.context_length
+        tokens = Tokens(segments, counted if positions is None else positions, training or None,
+                        context_length=declared)
 
-        x = constrain(self.embed(ids, self.compute_dtype), "BT.")  # on a mesh: rows split, channels whole
+        x = self.embed(ids, self.compute_dtype) * self.config.embedding_scale
+        x = constrain(x, "BT.")  # on a mesh: rows split, channels whole
         x, body, aux = self.body(x, tokens, None if state is None else state.body)
         hidden = x if self.norm is None else self.norm(x)
         if ragged:
@@ -121,13 +138,15 @@ class Model(nnx.Module):
             out = self.logits(jnp.take_along_axis(hidden, end[:, :, None], 1))
         else:
             out = self.logits(hidden) if logits == "all" else None
-        state = None if state is None else ModelState(body, last, length)
+        state = None if state is None else ModelState(body, last, length, state.context_length)
         return Output(out, state, aux.under("body"), hidden)
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """The head alone, in at least float32."""
         logits = tied_logits(hidden, self.embed) if self.head is None else self.head(hidden)
-        return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+        logits = wide(add_bias(logits, self.head_bias)) * self.config.logit_scale
+        cap = self.config.logit_cap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
 
     def losses(self, hidden: Float[Array, "B T D"], targets: Int[Array, "B T"]) -> Float[Array, "B T"]:
         """Negative log-likelihood of each target in nats, without ever holding [B, T, V]."""

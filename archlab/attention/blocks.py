@@ -5,83 +5,87 @@ the scores only the logarithm of each row's sum of exponentials, from which the 
 block meets all its keys at once, since a CPU's cache holds its scores: nothing is rescaled on the way.
 """
 
+import dataclasses
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from archlab.attention.masks import visible
+from archlab.attention.rules import Places, Rules, distances, visible
 from archlab.layers.contract import wide
 
 BLOCK = 128  # queries in a block: its scores stay in the second-level cache
 GROUPS = 8  # stretches into which long texts are cut: the work done in vain, behind the mask, is 1/GROUPS of the rest
 
 
-class Places(NamedTuple):
-    """Segments and positions [B, T] of some tokens, as in `Tokens`."""
-
-    segments: Int[Array, "B T"]
-    positions: Int[Array, "B T"]
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
 def attend_blocks(q: Float[Array, "B H T K"], k: Float[Array, "B G S K"], v: Float[Array, "B G S K"], queries: Places,
-                  keys: Places, window: int | None = None, ordered: bool = True,
+                  keys: Places, rules: Rules = Rules(), ordered: bool = True,
                   block: int = BLOCK) -> Float[Array, "B H T K"]:
-    """softmax(q k^T / sqrt(K)) v of what is visible; rows that see nothing give 0. G divides H.
+    """softmax(scores) v of what is visible; rows that see nothing give 0. G divides H.
 
-    Args: ordered: the keys stand in order and end with the queries' own, so that later ones, and with a window earlier
-      ones, need not be computed. A cache's slots are not ordered: all are looked at.
+    Args: rules: what becomes of the scores. ordered: the keys stand in order and end with the queries' own, so that
+      those out of sight need not be computed. A cache's slots are not ordered: all are looked at.
     """
-    return _forward(q, k, v, queries, keys, window, ordered, block)[0]
+    return _forward(q, k, v, queries, keys, rules, ordered, block)[0]
 
 
-def _forward(q, k, v, queries, keys, window, ordered, block):
+def _forward(q, k, v, queries, keys, rules, ordered, block):
     B, H, T, K = q.shape
-    grouped = (q * K**-0.5).reshape(B, k.shape[1], -1, T, K)
+    grouped = rules.scaled(q).reshape(B, k.shape[1], -1, T, K)
 
     def one(carry, rows, columns):
         y, total = carry
-        scores = _scores(grouped, k, queries, keys, window, rows, columns)
+        scores = _hide(_scores(grouped, k, queries, keys, rules, rows, columns), queries, keys, rules, rows, columns)
         top = jnp.maximum(scores.max(-1, keepdims=True), jnp.finfo(scores.dtype).min)
+        top = top if rules.sinks is None else jnp.maximum(top, _per_head(rules.sinks, scores))
         weights = jnp.exp(scores - top)
-        sums = jnp.maximum(weights.sum(-1, keepdims=True), jnp.finfo(scores.dtype).tiny)
+        sums = weights.sum(-1, keepdims=True)
+        sums = sums if rules.sinks is None else sums + jnp.exp(_per_head(rules.sinks, scores) - top)
+        sums = jnp.maximum(sums, jnp.finfo(scores.dtype).tiny)
         out = _mix(weights.astype(v.dtype), _cut(v, columns, 2)) / sums.astype(v.dtype)
         return _put(y, out, rows, 3), _put(total, (top + jnp.log(sums))[..., 0], rows, 3)
 
     carry = jnp.zeros_like(grouped), jnp.zeros(grouped.shape[:-1], wide(q).dtype)
-    y, total = _fold(one, carry, T, k.shape[2], window, ordered, block)
+    y, total = _fold(one, carry, T, k.shape[2], rules.sight, ordered, block)
     y = y.reshape(q.shape)
-    return y, (q, k, v, queries, keys, y, total)
+    return y, (q, k, v, queries, keys, rules, y, total)
 
 
-def _backward(window, ordered, block, saved, dy):
-    q, k, v, queries, keys, y, total = saved
-    T, S, scale = q.shape[2], k.shape[2], q.shape[-1] ** -0.5
-    q, y, dy = (a.reshape(total.shape + (-1,)) for a in (q * scale, y, dy))
+def _backward(ordered, block, saved, dy):
+    q, k, v, queries, keys, rules, y, total = saved
+    T, S = q.shape[2], k.shape[2]
+    q, y, dy = (a.reshape(total.shape + (-1,)) for a in (rules.scaled(q), y, dy))
     inner = (wide(y) * dy).sum(-1)  # sum over keys of weight times its gradient
 
     def one(carry, rows, columns):
-        dq, dk, dv = carry
-        weights = jnp.exp(_scores(q, k, queries, keys, window, rows, columns) - _cut(total, rows, 3)[..., None])
+        dq, dk, dv, drules = carry
+        score = lambda raw, rules: rules.adjust(raw, _distance(queries, keys, rows, columns))
+        scores, pull = jax.vjp(score, _raw(q, k, rows, columns), rules)
+        scores = _hide(scores, queries, keys, rules, rows, columns)
+        weights = jnp.exp(scores - _cut(total, rows, 3)[..., None])
         dy_, k_, v_ = _cut(dy, rows, 3), _cut(k, columns, 2), _cut(v, columns, 2)
-        dscores = weights * (_match(dy_, v_) - _cut(inner, rows, 3)[..., None])
-        dscores = dscores.astype(q.dtype)
+        draw, more = pull(weights * (_match(dy_, v_) - _cut(inner, rows, 3)[..., None]))
+        draw = draw.astype(q.dtype)
         add = lambda total, a, b: _put(total, _cut(total, columns, 2) + _gather(a, b), columns, 2)
-        return (_put(dq, scale * _mix(dscores, k_), rows, 3), add(dk, dscores, _cut(q, rows, 3)),
-                add(dv, weights.astype(v.dtype), dy_))
+        return (_put(dq, _mix(draw, k_), rows, 3), add(dk, draw, _cut(q, rows, 3)),
+                add(dv, weights.astype(v.dtype), dy_), jax.tree.map(jnp.add, drules, more))
 
-    zeros = jnp.zeros_like(q), jnp.zeros_like(wide(k)), jnp.zeros_like(wide(v))
-    dq, dk, dv = _fold(one, zeros, T, S, window, ordered, block)
-    return dq.reshape(dq.shape[0], -1, *dq.shape[3:]), dk.astype(k.dtype), dv.astype(v.dtype), None, None
+    zeros = jnp.zeros_like(q), jnp.zeros_like(wide(k)), jnp.zeros_like(wide(v)), jax.tree.map(jnp.zeros_like, rules)
+    dq, dk, dv, drules = _fold(one, zeros, T, S, rules.sight, ordered, block)
+    if rules.sinks is not None:  # a sink's weight times its gradient, which is 0 less the mean over all keys
+        sink = jnp.exp(_per_head(rules.sinks, total[..., None])[..., 0] - total)
+        dsinks = -(sink * inner).sum((0, 3)).reshape(-1).astype(rules.sinks.dtype)
+        drules = dataclasses.replace(drules, sinks=dsinks)
+    dq = rules.scaled(dq.reshape(dq.shape[0], -1, *dq.shape[3:]))
+    return dq, dk.astype(k.dtype), dv.astype(v.dtype), None, None, drules
 
 
 attend_blocks.defvjp(_forward, _backward)
 
 
-def _fold(one, carry, T: int, S: int, window, ordered: bool, block: int):
+def _fold(one, carry, T: int, S: int, sight, ordered: bool, block: int):
     """`carry = one(carry, rows, columns)` for each block of queries and the stretch of keys that it may see; each of
     the two is (first, count).
 
@@ -95,26 +99,47 @@ def _fold(one, carry, T: int, S: int, window, ordered: bool, block: int):
     if T % block:
         groups.append((whole * block, 1, T % block))
     before = S - T  # keys older than the first query
-    sliding = ordered and window is not None
+    sliding = ordered and sight.reach is not None
     for start, blocks, size in groups:
-        count = before + start + blocks * size if ordered else S
+        count = before + start + blocks * size if ordered and sight.causal else S
+        after = 0 if sight.causal or not sliding else sight.reach - 1  # keys later than the last query of a block
         if sliding:
-            count = min(count, window - 1 + size)
+            count = min(count, sight.reach - 1 + size + after)
 
-        def step(i, carry, start=start, size=size, count=count):
+        def step(i, carry, start=start, size=size, count=count, after=after):
             first = start + i * size
-            begin = jnp.maximum(before + first + size - count, 0) if sliding else 0
+            begin = jnp.clip(before + first + size + after - count, 0, S - count) if sliding else 0
             return one(carry, (first, size), (begin, count))
 
         carry = step(0, carry) if blocks == 1 else jax.lax.fori_loop(0, blocks, step, carry)
     return carry
 
 
-def _scores(q, k, queries: Places, keys: Places, window, rows, columns):
-    """Scores [B, G, R, rows, columns] of scaled queries in at least float32, -inf where nothing is seen."""
-    scores = _match(_cut(q, rows, 3), _cut(k, columns, 2))
-    seen = visible(*(_cut(a, rows, 1) for a in queries), *(_cut(a, columns, 1) for a in keys), window)
+def _raw(q, k, rows, columns):
+    return _match(_cut(q, rows, 3), _cut(k, columns, 2))
+
+
+def _scores(q, k, queries: Places, keys: Places, rules: Rules, rows, columns):
+    """Scores [B, G, R, rows, columns] of scaled queries in at least float32, before the mask."""
+    return rules.adjust(_raw(q, k, rows, columns), _distance(queries, keys, rows, columns))
+
+
+def _distance(queries: Places, keys: Places, rows, columns):
+    return distances(_pick(queries, rows), _pick(keys, columns))
+
+
+def _hide(scores, queries: Places, keys: Places, rules: Rules, rows, columns):
+    """Scores with -inf where nothing is seen."""
+    seen = visible(_pick(queries, rows), _pick(keys, columns), rules.sight)
     return jnp.where(seen[:, None, None], scores, -jnp.inf)
+
+
+def _pick(places: Places, part: tuple) -> Places:
+    return Places(*(_cut(a, part, 1) for a in places))
+
+
+def _per_head(values: Float[Array, "H"], like: Float[Array, "B G R T S"]) -> jax.Array:
+    return values.astype(like.dtype).reshape(like.shape[1:3])[:, :, None, None]
 
 
 def _match(a: Float[Array, "B G R T K"], b: Float[Array, "B G S K"]) -> Float[Array, "B G R T S"]:

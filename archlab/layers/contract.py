@@ -42,12 +42,15 @@ class Tokens:
     positions [B, T] int32: places within the document, counted from 0.
     training: None, or the wish for the training form.
     provided: values that earlier layers published by name for later ones (`Provide`).
+    context_length: how long the whole text is declared to be, int32 scalar: T without a state, the state's `max_length`
+      with one. None where nobody said. Only positions that depend on it read it (dynamic NTK, LongRoPE).
     """
 
     segments: Int[Array, "B T"]
     positions: Int[Array, "B T"]
     training: Training | None = None
     provided: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+    context_length: Int[Array, ""] | None = None
 
     @property
     def real(self) -> Bool[Array, "B T"]:

@@ -9,52 +9,74 @@ from archlab.layers.config import LayerConfig, require
 from archlab.layers.contract import Place, wide
 
 
-class RMSNorm(LayerConfig):
-    """`x / rms(x) * scale` (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+class Norm(LayerConfig):
+    """Base of all norms. `normalise` is the statistic; the module multiplies gains and adds biases where there are any.
+
+    eps: what keeps the division finite. centred: the gain is 1 + scale, so that weights lie around zero (Gemma).
+    gain, bias: whether there are such parameters.
+    """
 
     eps: float = 1e-6
+    centred: bool = False
+    gain: bool = True
+    bias: bool = False
 
     def __post_init__(self):
         require(self.eps > 0, self, "eps", "must be positive")
+        require(self.gain or not self.centred, self, "centred", "is about the gain, and there is none")
 
-    def build(self, rngs: nnx.Rngs, at: Place, letter: str = "D") -> "RMSNormModule":
+    def normalise(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        """`x` over its size along the last axis, without gain and bias, in the dtype of `x`."""
+        raise TypeError(f"{type(self).__name__} does not say how it normalises")
+
+    def build(self, rngs: nnx.Rngs, at: Place, letter: str = "D") -> "NormModule":
         """`letter` names the axis that is normalised, of size `at.width`."""
-        return RMSNormModule(self, rngs, at, letter)
+        return NormModule(self, rngs, (at.width,), f"->{letter}")
 
 
-class RMSNormModule(nnx.Module):
-    def __init__(self, config: RMSNorm, rngs: nnx.Rngs, at: Place, letter: str = "D"):
-        self.eps = config.eps
-        self.scale = parameter(rngs, f"->{letter}", (at.width,), nnx.initializers.ones)
+class RMSNorm(Norm):
+    """`x / rms(x) * scale` (Zhang & Sennrich 2019, arXiv:1910.07467)."""
 
-    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        return rms_normalise(x, self.eps) * self.scale[...].astype(x.dtype)
+    def normalise(self, x):
+        return rms_normalise(x, self.eps)
 
 
-class LayerNorm(LayerConfig):
-    """`(x - mean) / std * scale + bias` (Ba et al. 2016, arXiv:1607.06450)."""
+class LayerNorm(Norm):
+    """`(x - mean) / std * scale + bias` (Ba et al. 2016, arXiv:1607.06450); without either, OLMo's (arXiv:2402.00838)."""
 
     eps: float = 1e-5
     bias: bool = True
 
-    def __post_init__(self):
-        require(self.eps > 0, self, "eps", "must be positive")
-
-    def build(self, rngs: nnx.Rngs, at: Place) -> "LayerNormModule":
-        return LayerNormModule(self, rngs, at)
+    def normalise(self, x):
+        h = wide(x)
+        return rms_normalise(h - h.mean(-1, keepdims=True), self.eps).astype(x.dtype)
 
 
-class LayerNormModule(nnx.Module):
-    def __init__(self, config: LayerNorm, rngs: nnx.Rngs, at: Place):
-        self.eps = config.eps
-        self.scale = parameter(rngs, "->D", (at.width,), nnx.initializers.ones)
-        self.bias = parameter(rngs, "->D", (at.width,)) if config.bias else None
+class L2Norm(Norm):
+    """`x / |x| * scale` (Henry et al. 2020, for queries and keys, arXiv:2010.04245)."""
+
+    def normalise(self, x):
+        h = wide(x)
+        return (h * jax.lax.rsqrt((h * h).sum(-1, keepdims=True) + self.eps)).astype(x.dtype)
+
+
+class NormModule(nnx.Module):
+    """Weights: scale and bias, each where the norm has one; their shape [D], or what ends in the normalised axis."""
+
+    def __init__(self, norm: Norm, rngs: nnx.Rngs, shape: tuple[int, ...], letters: str):
+        self.norm = norm
+        ones = nnx.initializers.zeros if norm.centred else nnx.initializers.ones
+        self.scale = parameter(rngs, letters, shape, ones) if norm.gain else None
+        self.bias = parameter(rngs, letters, shape) if norm.bias else None
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        h = wide(x)
-        h = h - h.mean(-1, keepdims=True)
-        y = rms_normalise(h, self.eps).astype(x.dtype) * self.scale[...].astype(x.dtype)
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        return self.affine(self.norm.normalise(x))
+
+    def affine(self, y: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        """Gain and bias of what has been normalised."""
+        if self.scale is not None:
+            y = y * (self.scale[...] + self.norm.centred).astype(y.dtype)
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
 
 def rms_normalise(x: Float[Array, "... D"], eps: float) -> Float[Array, "... D"]:

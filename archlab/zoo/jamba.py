@@ -23,7 +23,7 @@ def jamba(width: int, units: int, heads: int, hidden: int, experts: int = 16, kv
     """`units` times the pattern: M a Mamba layer, A attention, F an MLP of `hidden` channels, E experts of as many."""
     layers = {
         "M": Residual(Mamba(state, inner_norms=True)),
-        "A": Residual(Attention(heads, kv_heads, rotary=None)),
+        "A": Residual(Attention(heads, kv_heads, positions=None)),
         "F": Residual(SwiGLU(hidden)),
         "E": Residual(MoE(experts, hidden, TopK(2), balance_loss=0.001, z_loss=0.0)),
     }

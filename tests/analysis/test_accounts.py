@@ -12,7 +12,7 @@ from archlab.analysis.accounts import abstract, count_parameters, short
 from archlab.analysis.flops import count
 from archlab.attention import attention
 from archlab.attention.blocks import GROUPS
-from archlab.attention.core import attend_plain, visible
+from archlab.attention.core import attend_plain
 from archlab.experts.moe import MoE
 from archlab.experts.routers import TopK
 from archlab.layers.alphabet import parameters_of
@@ -29,7 +29,7 @@ def test_transformer_matmuls_follow_the_closed_formula():
     assert profile.training.matmul == pytest.approx(3 * profile.forward.matmul)
     assert profile.decode.matmul == pytest.approx(2 * (weights + L * 2 * D * T + D * V), rel=0.01)
     assert profile.parameters.total == weights + L * 2 * D + D + V * D
-    assert profile.state_bytes == L * (2 * T * D * 4 + 2 * T * 4 + 4) + 8
+    assert profile.state_bytes == L * (2 * T * D * 4 + 2 * T * 4 + 4) + 12
 
 
 def test_mamba_matmuls_and_scan_follow_the_closed_formula():
@@ -48,8 +48,8 @@ def test_mamba_matmuls_and_scan_follow_the_closed_formula():
 @pytest.mark.parametrize("name", ["transformer-nano", "mamba-nano"])
 def test_training_is_the_real_gradient_without_recomputation(name, monkeypatch):
     monkeypatch.setattr(jax, "checkpoint", lambda fn, **_: fn)
-    monkeypatch.setattr(attention, "attend", lambda q, k, v, segments, positions, window: attend_plain(
-        q, k, v, visible(segments, positions, segments, positions, window)))
+    monkeypatch.setattr(attention, "attend", lambda q, k, v, places, rules: attend_plain(
+        q, k, v, places, places, rules))
     context, model = 128, abstract(archlab.get_config(name))
     structure, weights = nnx.split(model)
     ids = jax.ShapeDtypeStruct((1, context), jnp.int32)

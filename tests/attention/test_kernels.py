@@ -8,7 +8,7 @@ from jax import export
 
 from archlab.attention import kernels
 from archlab.attention.core import attend_plain
-from archlab.attention.masks import visible
+from archlab.attention.rules import Places, Rules, Sight
 from tests.helpers import tokens_of
 
 
@@ -20,12 +20,13 @@ def inputs(length=256, size=64):
     return q, k, v, tokens_of(segments)
 
 
-def test_splash_is_attention():
+@pytest.mark.parametrize("rules", [Rules(), Rules(Sight(40), scale=0.2, cap=3.0)], ids=["plain", "window"])
+def test_splash_is_attention(rules):
     q, k, v, tokens = inputs()
-    seen = visible(tokens.segments, tokens.positions, tokens.segments, tokens.positions)
+    places = Places(tokens.segments, tokens.positions)
     real = tokens.real[:, None, :, None]
-    forms = (lambda q, k, v: attend_plain(q, k, v, seen),
-             lambda q, k, v: kernels.attend_splash(q, k, v, tokens.segments, interpret=True))
+    forms = (lambda q, k, v: attend_plain(q, k, v, places, places, rules),
+             lambda q, k, v: kernels.attend_splash(q, k, v, places, rules, interpret=True))
     (want, want_grads), (got, got_grads) = (
         jax.value_and_grad(lambda *a: (jnp.where(real, f(*a), 0) ** 2).sum(), argnums=(0, 1, 2))(q, k, v)
         for f in forms)
@@ -36,16 +37,20 @@ def test_splash_is_attention():
 
 def test_splash_lowers_for_tpus():
     q, k, v, tokens = inputs(length=512)
-    grad = jax.jit(jax.grad(lambda *a: kernels.attend_splash(*a, tokens.segments).sum(), argnums=(0, 1, 2)))
+    places = Places(tokens.segments, tokens.positions)
+    grad = jax.jit(jax.grad(lambda *a: kernels.attend_splash(*a, places, Rules()).sum(), argnums=(0, 1, 2)))
     module = export.export(grad, platforms=["tpu"])(*(a.astype(jnp.bfloat16) for a in (q, k, v))).mlir_module()
     assert module.count("tpu_custom_call") == 3  # forward, the gradient of queries, that of keys and values
 
 
 @pytest.mark.parametrize("length, size, fits", [(256, 64, True), (200, 64, False), (256, 32, False)])
 def test_what_fits_splash(length, size, fits):
-    assert kernels.fits_splash(jnp.zeros((1, 1, length, size))) == fits
+    q = jnp.zeros((1, 1, length, size))
+    assert kernels.fits_splash(q, Rules(Sight(9), cap=1.0)) == fits
+    assert not kernels.fits_splash(q, Rules(Sight(chunk=9))) and not kernels.fits_splash(q, Rules(sinks=jnp.zeros(1)))
 
 
 def test_what_fits_cudnn():
-    of = lambda dtype, size: kernels.fits_cudnn(jnp.zeros((1, 1, 8, size), dtype))
+    of = lambda dtype, size, rules=Rules(): kernels.fits_cudnn(jnp.zeros((1, 1, 8, size), dtype), rules)
     assert of(jnp.bfloat16, 64) and not of(jnp.float32, 64) and not of(jnp.bfloat16, 256) and not of(jnp.float16, 12)
+    assert of(jnp.bfloat16, 64, Rules(scale=1.0)) and not of(jnp.bfloat16, 64, Rules(Sight(9)))
