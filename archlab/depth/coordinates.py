@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from archlab.layers.config import Config, require
 from archlab.layers.contract import wide
+from archlab.layers.positions import sinusoids
 
 
 class Coordinates(Config):
@@ -30,9 +31,7 @@ class Coordinates(Config):
 
     def signal(self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], step) -> Float[Array, "B T D"]:
         """P for each token of `x` at `step` (int from 0, may be traced), in the dtype of `x`; D must be even."""
-        width = x.shape[-1]
-        frequency = self.base ** (-2 * jnp.arange(width // 2, dtype=wide(x).dtype) / width)
-        place = positions[:, :, None].astype(frequency.dtype) * frequency
-        time = (jnp.asarray(step) + 1).astype(frequency.dtype) * frequency
-        pairs = jnp.stack([jnp.sin(place) + jnp.sin(time), jnp.cos(place) + jnp.cos(time)], axis=-1)
-        return (pairs.reshape(x.shape) * width**-0.5).astype(x.dtype)
+        width, dtype = x.shape[-1], wide(x).dtype
+        place = sinusoids(positions.astype(dtype), width, self.base)
+        time = sinusoids((jnp.asarray(step) + 1).astype(dtype), width, self.base)
+        return ((place + time) * width**-0.5).astype(x.dtype)
