@@ -66,7 +66,7 @@ VARIANTS = {  # name: class of the config, and its arguments
                                        activation_function="relu", n_inner=None, n_embd=24)),
     "gpt2-unscaled": ("GPT2", GPT | dict(scale_attn_weights=False, activation_function="gelu",
                                          tie_word_embeddings=False)),
-    "gpt2-bare": ("GPT2", GPT),
+    "gpt2-early": ("GPT2", GPT),
     "gpt_bigcode": ("GPTBigCode", GPT),
     "gpt_bigcode-mha": ("GPTBigCode", GPT | dict(multi_query=False, scale_attn_weights=False,
                                                  activation_function="gelu")),
@@ -148,7 +148,7 @@ VARIANTS = {  # name: class of the config, and its arguments
         scale_embedding=True, pad_token_id=1, bos_token_id=0, decoder_start_token_id=2)),
 }
 LONG = ("llama-dynamic", "llama-longrope", "phi3-longrope")  # with a second text, beyond the original length
-BARE = ("gpt2-bare", "bloom-post")  # with the names of the first checkpoints
+EARLY = ("gpt2-early", "gpt_neox-sequential", "bloom-post", "t5-silu")  # with the tensors of early checkpoints
 UNTIED = ("t5-gated", "mt5")  # transformers 5 calls these tied, and yet keeps two tables where the file has two
 SHARDS = {"llama-sharded": "20KB"}
 DTYPES = {"llama-bf16": torch.bfloat16}
@@ -258,13 +258,24 @@ def older(config, changes):
     return config | changes
 
 
-def bare(folder):
-    """As some first checkpoints are: the names of the model without its head, and masks among the weights."""
-    weights = {name.removeprefix("transformer."): w for name, w in load_file(folder / "model.safetensors").items()}
-    if "wpe.weight" in weights:
-        mask = torch.ones(1, 1, 40, 40, dtype=torch.uint8).tril()
-        weights |= {f"h.{i}.attn.bias": mask.clone() for i in range(2)}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+def early(weights, family):
+    """The tensors as early checkpoints have them: no name of the model in front, buffers and tied copies among them."""
+    mask = torch.ones(1, 1, 40, 40, dtype=torch.uint8).tril()
+    if family in ("gpt2", "bloom"):
+        weights = {name.removeprefix("transformer."): weight for name, weight in weights.items()}
+    for i in range(2):
+        if family == "gpt2":
+            weights[f"h.{i}.attn.bias"] = mask.clone()
+        if family == "gpt_neox":
+            weights[f"gpt_neox.layers.{i}.attention.bias"] = mask.clone()
+            weights[f"gpt_neox.layers.{i}.attention.masked_bias"] = torch.tensor(-1e9)
+            weights[f"gpt_neox.layers.{i}.attention.rotary_emb.inv_freq"] = torch.tensor([1.0, 500.0**-0.5])
+    if family == "t5":
+        for name in ("encoder.embed_tokens", "decoder.embed_tokens", "lm_head"):
+            weights[name + ".weight"] = weights["shared.weight"].clone()
+        unused = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
+        weights[unused] = weights[unused.replace("1.EncDec", "0.Self")] + 1
+    return weights
 
 
 def make(name):
@@ -290,8 +301,9 @@ def make(name):
     shutil.rmtree(folder, ignore_errors=True)
     model.to(dtype).save_pretrained(folder, max_shard_size=SHARDS.get(name, "1GB"))
     (folder / "generation_config.json").unlink()
-    if name in BARE:
-        bare(folder)
+    if name in EARLY:
+        file = folder / "model.safetensors"
+        save_file(early(load_file(file), model.config.model_type), file, metadata={"format": "pt"})
     if name in OLDER:
         config = older(json.loads((folder / "config.json").read_text()), OLDER[name])
         (folder / "config.older.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
