@@ -29,6 +29,10 @@ class LearnedPositions(LayerConfig):
         require(self.length >= 1, self, "length", "must be at least 1")
         require(self.offset >= 0, self, "offset", "must be 0 or more")
 
+    @property
+    def longest(self) -> int:
+        return self.length
+
     def build(self, rngs: nnx.Rngs, at: Place) -> "LearnedPositionsModule":
         return LearnedPositionsModule(self, rngs, at)
 
@@ -71,7 +75,8 @@ class SinusoidalPositions(LayerConfig):
         require(self.base > 1, self, "base", "must be above 1")
 
     def check(self, width: int) -> None:
-        require(width % 2 == 0, self, "interleaved", f"sines and cosines come in pairs: the width {width} must be even")
+        if width % 2:
+            raise ValueError(f"SinusoidalPositions: sines and cosines come in pairs: the width {width} must be even")
 
     def build(self, rngs: nnx.Rngs, at: Place) -> "SinusoidalPositionsModule":
         return SinusoidalPositionsModule(self)
