@@ -1,0 +1,149 @@
+"""Attention of blocks of queries to the few keys that a pattern names: work linear in time, in both passes.
+
+A block is `pattern.block` places of one document, counted from the document's start, so that neither what else is in
+the row nor where a piece was cut changes what a token sees. Blocks are met a few at a time: their keys are gathered,
+and dropped when they are done. The gradient gathers them again; no more than one step's scores are ever held.
+"""
+
+import functools
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from archlab.attention.rules import Places
+from archlab.layers.contract import wide
+
+TOGETHER = 8  # blocks of queries in one step of the loop
+
+
+class Pattern(Protocol):
+    """Which keys are seen; hashable. Places are counted from the document's start."""
+
+    block: int
+
+    def columns(self, blocks: Int[Array, "B N"], layer: Int[Array, "1"]) -> Int[Array, "B N C"]:
+        """The places that some query of each block may see, each once; below 0 for none."""
+
+    def sees(self, queries: Int[Array, "B N T 1"], keys: Int[Array, "B N 1 C"]) -> Bool[Array, "B N T C"]:
+        """Which of its block's columns a query sees, of those that are not later than itself."""
+
+    def slot(self, places: Int[Array, "..."]) -> Int[Array, "..."]:
+        """Where in a cache the key of each place stands."""
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def attend_sparse(pattern: Pattern, slots: int | None, q: Float[Array, "B T G R K"], k: Float[Array, "B S G K"],
+                  v: Float[Array, "B S G K"], queries: Places, layer: Int[Array, "1"]) -> Float[Array, "B T G R K"]:
+    """softmax(q k^T / sqrt(K)) v over what the pattern lets each query see.
+
+    Args: slots: how many of the keys are a cache's; the others are the queries' own, in their order. None: the cache
+      holds the queries' own too. queries: padding last. layer: what a random pattern is drawn for.
+    """
+    firsts, steps = _blocks(pattern, queries)
+
+    def one(i, y):
+        rows, index, seen = _look(pattern, slots, i, firsts, queries, layer)
+        return _put(y, rows, attend_seen(take(q, rows), take(k, index), take(v, index), seen))
+
+    return _loop(one, jnp.zeros_like(q), steps)
+
+
+def _forward(pattern, slots, q, k, v, queries, layer):
+    return attend_sparse(pattern, slots, q, k, v, queries, layer), (q, k, v, queries, layer)
+
+
+def _backward(pattern, slots, saved, dy):
+    q, k, v, queries, layer = saved
+    firsts, steps = _blocks(pattern, queries)
+
+    def one(i, carry):
+        dq, dk, dv = carry
+        rows, index, seen = _look(pattern, slots, i, firsts, queries, layer)
+        _, pull = jax.vjp(lambda *qkv: attend_seen(*qkv, seen), take(q, rows), take(k, index), take(v, index))
+        dq_, dk_, dv_ = pull(take(dy, rows))
+        return _put(dq, rows, dq_), _add(dk, index, dk_), _add(dv, index, dv_)
+
+    zeros = jnp.zeros_like(q), jnp.zeros_like(wide(k)), jnp.zeros_like(wide(v))
+    dq, dk, dv = _loop(one, zeros, steps)
+    return dq, dk.astype(k.dtype), dv.astype(v.dtype), None, None
+
+
+attend_sparse.defvjp(_forward, _backward)
+
+
+def _blocks(pattern: Pattern, queries: Places) -> tuple[Int[Array, "B S"], tuple]:
+    """The row at which each block begins, in order, then the number of real tokens; and how many steps they take:
+    those that one document takes, and those that the documents at hand take, which may be more."""
+    segments, positions = queries
+    T = segments.shape[1]
+    real = segments > 0
+    new = segments != jnp.pad(segments, ((0, 0), (1, 0)))[:, :-1]
+    begins = real & (new | (positions % pattern.block == 0))
+    rows = jnp.where(begins, jnp.arange(T), real.sum(1, keepdims=True))
+    together = _together(pattern, T)
+    end = jnp.broadcast_to(real.sum(1, keepdims=True), (len(rows), together + 1))
+    sure = -(-T // pattern.block)
+    return (jnp.concatenate([jnp.sort(rows, 1), end], 1).astype(jnp.int32),
+            (-(-sure // together), None if T == 1 else -(-begins.sum(1).max() // together)))
+
+
+def _together(pattern: Pattern, T: int) -> int:
+    """How many blocks are met in one step."""
+    return min(TOGETHER, -(-T // pattern.block))
+
+
+def _loop(one, carry, steps: tuple):
+    """`carry = one(i, carry)` for all steps. Of one document's the number is known when traced, so that they are
+    counted; more of them are needed where a row holds several, or a piece begins within a block."""
+    sure, all_ = steps
+    carry = one(0, carry) if sure == 1 else jax.lax.fori_loop(0, sure, one, carry)
+    return carry if all_ is None else jax.lax.fori_loop(sure, all_, one, carry)
+
+
+def _look(pattern: Pattern, slots, i, firsts, queries: Places, layer):
+    """One step's blocks: the rows of their queries (T: none) [B, N, T], which keys they look at [B, N, C], and which
+    of them are seen [B, N, T, C]."""
+    T = queries.positions.shape[1]
+    together = _together(pattern, T)
+    bounds = jax.lax.dynamic_slice_in_dim(firsts, i * together, together + 1, 1)
+    first, end = bounds[:, :-1], bounds[:, 1:]
+    place = jnp.take_along_axis(queries.positions, jnp.minimum(first, T - 1), 1)  # of each block's first query
+    steps = jnp.arange(min(pattern.block, T))
+    rows, places = first[..., None] + steps, place[..., None] + steps
+    real = rows < end[..., None]
+
+    columns = pattern.columns(place // pattern.block, layer)
+    index = pattern.slot(jnp.maximum(columns, 0))
+    if slots is not None:
+        row = columns + (first - place)[..., None]  # in the piece, where the document began there or before it
+        index = jnp.where(row >= 0, slots + row, index)
+    query, key = places[..., None], columns[:, :, None]
+    seen = real[..., None] & (key >= 0) & (key <= query) & pattern.sees(query, key)
+    return jnp.where(real, rows, T), index, seen
+
+
+def attend_seen(q: Float[Array, "B N T G R K"], k: Float[Array, "B N C G K"], v: Float[Array, "B N C G K"],
+         seen: Bool[Array, "B N T C"]) -> Float[Array, "B N T G R K"]:
+    """Attention within each of N blocks, with all its scores at once; what sees nothing gets 0."""
+    dtype = wide(q).dtype
+    scores = jnp.einsum("BNTGRK,BNCGK->BNGRTC", q * q.shape[-1] ** -0.5, k.astype(q.dtype), preferred_element_type=dtype)
+    scores = jnp.where(seen[:, :, None, None], scores, -jnp.inf)
+    top = jnp.maximum(scores.max(-1, keepdims=True), jnp.finfo(dtype).min)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(top))
+    weights = weights / jnp.maximum(weights.sum(-1, keepdims=True), jnp.finfo(dtype).tiny)
+    return jnp.einsum("BNGRTC,BNCGK->BNTGRK", weights.astype(q.dtype), v.astype(q.dtype))
+
+
+def take(a: Float[Array, "B S *X"], index: Int[Array, "B N C"]) -> Float[Array, "B N C *X"]:
+    """What stands at each index of a row; past the end, what is last."""
+    return jax.vmap(lambda a, index: a.at[index].get(mode="clip"))(a, index)
+
+
+def _put(a, rows, value):
+    return jax.vmap(lambda a, rows, value: a.at[rows].set(value.astype(a.dtype), mode="drop"))(a, rows, value)
+
+
+def _add(a, index, value):
+    return jax.vmap(lambda a, index, value: a.at[index].add(value.astype(a.dtype), mode="drop"))(a, index, value)
