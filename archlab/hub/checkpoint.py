@@ -1,0 +1,121 @@
+"""Folders of Hugging Face checkpoints, loaded and saved whole.
+
+    model = load("Llama-3.2-1B", dtype="bfloat16")
+    save(model, "mine")
+"""
+
+import json
+import os
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+
+from archlab.hub.family import describe, family_of
+from archlab.hub.layout import Part, flattened
+from archlab.hub.plan import compare, leaves, plan
+from archlab.hub.reading import read
+from archlab.hub.tensors import INDEX, SHARD, SINGLE, Tensors, write
+from archlab.layers.alphabet import parameters_of
+from archlab.layers.weights import merge, split
+from archlab.model import Model
+from archlab.parallel.mesh import parameter_shardings
+
+CONFIG = "config.json"
+
+
+def is_huggingface(folder: str | Path) -> bool:
+    """Whether a folder's config.json is of the Hugging Face kind."""
+    try:
+        return "model_type" in json.loads((Path(folder) / CONFIG).read_text())
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def load(folder: str | Path, dtype=None, mesh=None) -> Model:
+    """The model of a checkpoint folder: config.json and safetensors, in one file or several with an index.
+
+    Tensors are read one after another into the place where they stay, cast on the way; on a mesh, each process reads
+    only what its devices hold.
+
+    Args: dtype: of the parameters ("bfloat16", "float32"); None for each as it is stored. mesh: from `make_mesh`.
+    Raises: ValueError for an unknown family; for fields of config.json that are not supported or not understood, all
+      of them listed; for tensors that are missing, unexpected or misshapen, all of them listed; for weights in pickles.
+    """
+    folder = Path(folder)
+    values = json.loads((folder / CONFIG).read_text())
+    family = family_of(values.get("model_type"))
+    try:
+        config = family.config(values)
+        model = nnx.eval_shape(lambda: config.build(nnx.Rngs(0)))
+        parameters = parameters_of(model)
+        wanted = plan(family, config, parameters)
+        with Tensors(folder) as tensors:
+            # the head of a tied model is the embedding, whether or not it is stored once more
+            optional = {family.outer[path] for path in ("head/weight",) if config.tied and path in family.outer}
+            names = compare(wanted, tensors, family, optional)
+            places = None if mesh is None else parameter_shardings(model, mesh)[0]
+            arrays = read(wanted, names, tensors, dict.fromkeys(parameters, dtype), places)
+    except ValueError as error:
+        raise ValueError(f"{folder} ({values['model_type']}): {error}") from error
+    return merge(split(model)[0], arrays)
+
+
+def save(model: Model, folder: str | Path, shard: int = SHARD) -> None:
+    """Writes a model as a checkpoint folder that transformers can load, whole or not at all.
+
+    Args: shard: bytes of a file of weights, beyond which there are several, and an index.
+    Raises: ValueError where no family can say all of the model's config, naming what stands in the way of the nearest.
+    """
+    family, values = describe(model.config)
+    config = family.config(values)
+    _, parameters, rest = split(model)
+    if rest or set(parameters) != set(parameters_of(nnx.eval_shape(lambda: model.config.build(nnx.Rngs(0))))):
+        raise ValueError("the arrays of this model are not those of its config (an unstacked one: save what it was "
+                         "made from)")
+    wanted = plan(family, config, parameters_of(nnx.eval_shape(lambda: config.build(nnx.Rngs(0)))))
+    source = _Source(config, model.config, parameters)
+    dtype_of = lambda name: source.copy(wanted[name].parts[0]).dtype
+
+    def make(name):
+        shape, parts = wanted[name]
+        tensor = np.empty(shape, dtype_of(name))
+        for part in parts:
+            view = source.copy(part)
+            for ours, theirs in part.boxes:
+                tensor[theirs] = view[ours]
+        return tensor
+
+    kinds = {str(a.dtype) for a in parameters.values()}
+    values["dtype"] = values["torch_dtype"] = str(parameters["embed/table"].dtype) if len(kinds) > 1 else kinds.pop()
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    files = write(folder, {name: stored.shape for name, stored in wanted.items()}, dtype_of, make, shard)
+    (folder / f"{CONFIG}.part").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+    for file in {SINGLE, INDEX} - set(files):  # what is left of an older model would be read before this one
+        (folder / file).unlink(missing_ok=True)
+    for file in [*files, CONFIG]:
+        os.replace(folder / f"{file}.part", folder / file)
+
+
+class _Source:
+    """The parameters of a model, found by the paths of a config that does the same with other repeats."""
+
+    def __init__(self, config, own, parameters: dict[str, jax.Array]):
+        self.arrays = {path: np.asarray(array) for path, array in parameters.items()}
+        self.own = dict(zip(leaves(config.body, "body"), leaves(own.body, "body"), strict=True))
+
+    def copy(self, part: Part) -> np.ndarray:
+        """The copy of a parameter that `part` is about, in the dimensions of its tensor."""
+        names = part.path.split("/")
+        for path in ("/".join(names[:i]) for i in range(1, len(names))):
+            for copy in (None, part.at.get(0)):
+                if (path, copy) in self.own:
+                    own_path, own_copy = self.own[path, copy]
+                    array = self.arrays[own_path + part.path[len(path):]]
+                    array = array if own_copy is None else array[own_copy]
+                    if copy is None:
+                        return flattened(array, part)
+                    return flattened(array[None], part._replace(at=part.at | {0: 0}))
+        return flattened(self.arrays[part.path], part)

@@ -1,0 +1,75 @@
+"""What most decoders of the hub share: the pieces of Llama's config.json and the names of its tensors.
+
+Each `read_...` has a `write_...` that is its inverse. A family takes those that fit and adds what is its own.
+"""
+
+from archlab.attention.attention import Attention
+from archlab.attention.positions import Rotary
+from archlab.hub.family import each
+from archlab.hub.fields import Fields
+from archlab.hub.rope import read_rotary, write_rotary
+from archlab.layers.config import LayerConfig
+from archlab.layers.mlp import MLP
+from archlab.layers.repeat import stack
+from archlab.layers.sequence import Sequence
+from archlab.model import LanguageModel
+
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_python": "gelu", "gelu_new": "gelu_tanh",
+               "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh", "relu": "relu", "relu2": "relu2"}
+
+OUTER = {"embed/table": "model.embed_tokens.weight", "norm/{scale,bias}": "model.norm.{weight,bias}",
+         "head/weight": "lm_head.weight", "head_bias": "lm_head.bias"}
+ATTENTION = {"layers/0/layer/{query,key,value,out}{,_bias}": "self_attn.{q,k,v,o}_proj.{weight,bias}",
+             "layers/0/layer/{query,key}_norm/{scale,bias}": "self_attn.{q,k}_norm.{weight,bias}"}
+MLP_NAMES = {"layers/1/layer/{gate,up,down}{,_bias}": "mlp.{gate,up,down}_proj.{weight,bias}"}
+PRE_NORMS = {"layers/0/before/{scale,bias}": "input_layernorm.{weight,bias}",
+             "layers/1/before/{scale,bias}": "post_attention_layernorm.{weight,bias}"}
+BLOCK = ATTENTION | MLP_NAMES | PRE_NORMS
+
+
+def read_sizes(f: Fields) -> dict:
+    """heads, kv_heads and head_size of `Attention`."""
+    heads = f.take("num_attention_heads")
+    return {"heads": heads, "kv_heads": f.take("num_key_value_heads", None) or heads,
+            "head_size": f.take("head_dim", None) or f.take("hidden_size") // heads}
+
+
+def read_attention(f: Fields, **fields) -> Attention:
+    """Attention with rotary positions; `fields` are more of `Attention`'s, `positions` among them or not."""
+    sizes = read_sizes(f)
+    positions = fields.pop("positions") if "positions" in fields else read_rotary(f, sizes["head_size"])
+    return Attention(**sizes, positions=positions, **fields)
+
+
+def write_attention(config: LanguageModel) -> dict:
+    attentions = each(config, Attention)
+    first = attentions[0]
+    size = first.head_size or config.width // first.heads
+    rotary = next((a.positions for a in attentions if isinstance(a.positions, Rotary)), None)
+    return {"num_attention_heads": first.heads, "num_key_value_heads": first.kv_heads or first.heads, "head_dim": size,
+            "num_hidden_layers": len(attentions), **(write_rotary(rotary, size) if rotary else {})}
+
+
+def read_mlp(f: Fields, gated: bool = True, bias: bool = False, activation: str = "hidden_act") -> MLP:
+    """activation: the name of its field."""
+    return MLP(f.take("intermediate_size"), f.choose(activation, ACTIVATIONS), gated, bias)
+
+
+def write_mlp(config: LanguageModel, activation: str = "hidden_act") -> dict:
+    mlp = each(config, MLP)[0]
+    return {"intermediate_size": mlp.hidden, activation: write_activation(mlp)}
+
+
+def write_activation(mlp: MLP) -> str:
+    """The name in transformers of an activation."""
+    return next(theirs for theirs, ours in ACTIVATIONS.items() if ours == mlp.activation)
+
+
+def read_decoder(f: Fields, blocks: list[LayerConfig], norm: LayerConfig, before: tuple = (), **fields) -> LanguageModel:
+    """The model of these blocks. before: layers that come first. fields: more of `LanguageModel`'s."""
+    body = Sequence(*before, *stack(blocks)[0].layers)
+    return LanguageModel(f.take("vocab_size"), f.take("hidden_size"), body, norm, f.take("tie_word_embeddings"), **fields)
+
+
+def write_decoder(config: LanguageModel) -> dict:
+    return {"vocab_size": config.vocab, "hidden_size": config.width, "tie_word_embeddings": config.tied}

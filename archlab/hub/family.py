@@ -1,0 +1,165 @@
+"""A family of checkpoints: one value in one file of `families/`, and how such files are found."""
+
+import dataclasses
+import functools
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterator
+
+from archlab.attention.attention import Attention
+from archlab.attention.positions import Rotary
+from archlab.hub import families
+from archlab.hub.fields import Fields
+from archlab.layers.config import Config, near
+from archlab.layers.repeat import Repeat
+from archlab.layers.sequence import Sequence
+from archlab.model import LanguageModel
+
+FOREIGN = 1000  # more than any number of fields in which a config of a family's own form differs
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """The blocks of one body of the model.
+
+    names: {path in our block: name in theirs}, see `layout.rules`. prefix: what stands before these names; {i} is the
+    number of the block. body: the path of the `Sequence` that holds ours; its children that `Family.outer` names are no
+    blocks. inputs_first: matrices are stored as [inputs, outputs] (GPT-2's Conv1D) and not as torch's Linear does.
+    """
+
+    names: dict
+    prefix: str = "model.layers.{i}."
+    body: str = "body"
+    inputs_first: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """All that one family needs.
+
+    model_types: what config.json calls it; the first is written. architecture: the class of transformers, as written.
+    defaults: the fields of its config class there, as they are where a file does not write them.
+    read: from `Fields` to a `LanguageModel`. write: its inverse, from a config to a dictionary of fields; it may fail in
+      any way on a config that is not of this family: what it writes is read again and compared.
+    outer: {our path: their name} of all that is in no block. blocks: the rest.
+    spelling: the family's own names of common fields, {"hidden_size": "n_embd"}.
+    base: a prefix of names that the hub's files sometimes lack. buffers: patterns of tensors that are no parameters.
+    """
+
+    model_types: tuple[str, ...]
+    architecture: str
+    defaults: dict
+    read: Callable[[Fields], LanguageModel]
+    write: Callable[[LanguageModel], dict]
+    outer: dict
+    blocks: tuple[Blocks, ...]
+    spelling: dict = dataclasses.field(default_factory=dict)
+    base: str = "model."
+    buffers: tuple[str, ...] = ()
+
+    def config(self, values: dict) -> LanguageModel:
+        """The config that the fields of a config.json describe. ValueError lists all that is not supported."""
+        fields = Fields(values, self.defaults, self.spelling)
+        try:
+            config = self.read(fields)
+        except (ValueError, TypeError, ArithmeticError) as error:
+            fields.finish(str(error))
+        fields.finish()
+        return config
+
+    def fields(self, config: LanguageModel) -> dict:
+        """The fields of a config.json that describe `config`; `Unsayable` where this family cannot say all of it."""
+        try:
+            values = {"model_type": self.model_types[0], "architectures": [self.architecture], **self.write(config)}
+            values = {self.spelling.get(name, name): value for name, value in values.items()}
+            again = self.config(values)
+        except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
+            raise Unsayable([f"the whole is of another form ({error})"], FOREIGN) from error
+        if differences := list(_differences(settled(config), settled(again))):
+            raise Unsayable(differences, len(differences))
+        return values
+
+
+@functools.cache
+def all_families() -> dict[str, Family]:
+    """{model_type: family}, from every file of `families/`."""
+    found: dict[str, Family] = {}
+    for module in sorted(pkgutil.iter_modules(families.__path__), key=lambda m: m.name):
+        family = importlib.import_module(f"{families.__name__}.{module.name}").FAMILY
+        if known := sorted(set(family.model_types) & set(found)):
+            raise ValueError(f"two families of the hub read {known}")
+        found.update(dict.fromkeys(family.model_types, family))
+    return found
+
+
+def family_of(model_type: str) -> Family:
+    """The family that reads a config.json of this `model_type`. ValueError offers near names."""
+    found = all_families()
+    if model_type not in found:
+        raise ValueError(f"model_type = {model_type!r} is no family that can be read; {near(str(model_type), list(found))}")
+    return found[model_type]
+
+
+def describe(config: LanguageModel) -> tuple[Family, dict]:
+    """The family that can say all of a config, and the fields of its config.json. ValueError names what stands in the
+    way of the nearest one."""
+    nearest = []
+    for family in {id(family): family for family in all_families().values()}.values():
+        try:
+            return family, family.fields(config)
+        except Unsayable as obstacle:
+            nearest.append((obstacle.distance, family.model_types[0], obstacle))
+    _, name, obstacle = min(nearest, key=lambda entry: entry[:2])
+    raise ValueError(f"no family of Hugging Face checkpoints has this architecture; the nearest is {name}:\n  "
+                     + "\n  ".join(obstacle.lines[:5])) from obstacle
+
+
+class Unsayable(ValueError):
+    """Why a family cannot say a config: what differs, in words, and how far away that is."""
+
+    def __init__(self, lines: list[str], distance: int):
+        super().__init__("\n".join(lines))
+        self.lines, self.distance = lines, distance
+
+
+def each(config: Config, kind: type) -> list:
+    """All configs of a type, in the order in which they run: `each(config, Attention)` has one entry per layer."""
+    if isinstance(config, kind):
+        return [config]
+    times = config.n if isinstance(config, Repeat) else 1
+    return [found for child in config.children().values() for found in each(child, kind)] * times
+
+
+def settled(config: LanguageModel) -> LanguageModel:
+    """One form for configs that mean the same: nothing repeated, nothing nested, sizes written out."""
+    def change(node):
+        if isinstance(node, Repeat):
+            node = Sequence(*[node.unit] * node.n)
+        if isinstance(node, Sequence):
+            flat = [layer.layers if isinstance(layer, Sequence) else (layer,) for layer in node.layers]
+            return Sequence(*sum(flat, ()))
+        if isinstance(node, Attention):
+            size = node.head_size or config.width // node.heads
+            node = dataclasses.replace(node, kv_heads=node.kv_heads or node.heads, head_size=size,
+                                       scale=node.scale or size**-0.5)
+            if isinstance(node.positions, Rotary) and node.positions.size == size:
+                node = node.set("positions.size", None)
+        return node
+
+    return config.map(change)
+
+
+def _differences(config, other, path: str = "model") -> Iterator[str]:
+    """Where two configs differ, in words."""
+    if type(config) is not type(other) or not isinstance(config, (Config, tuple)):
+        if config != other:
+            yield f"{path} is {config!r}; it could say {other!r}"
+    elif isinstance(config, tuple):
+        if len(config) != len(other):
+            yield f"{path} has {len(config)} entries; it could say {len(other)}"
+        for i, (a, b) in enumerate(zip(config, other)):
+            yield from _differences(a, b, f"{path}.{i}")
+    else:
+        for field in dataclasses.fields(config):
+            pair = getattr(config, field.name), getattr(other, field.name)
+            yield from _differences(*pair, f"{path}.{field.name}")

@@ -1,0 +1,124 @@
+"""The fields of a config.json, every one of which must be accounted for."""
+
+from typing import Any
+
+from archlab.layers.config import near
+
+# Fields that say nothing about what the network computes: training, generation, bookkeeping, the files' own dtype.
+HARMLESS = frozenset("""
+    _attn_implementation_autoset _name_or_path architectures auto_map attn_implementation dtype model_type name_or_path
+    tokenizer_class torch_dtype transformers_version use_bfloat16
+    attention_dropout attention_dropout_prob attention_probs_dropout_prob attn_dropout attn_pdrop classifier_dropout
+    classifier_dropout_prob dropout dropout_rate embd_dropout embd_pdrop embedding_dropout emb_pdrop ffn_dropout
+    hidden_dropout hidden_dropout_prob resid_dropout resid_pdrop residual_dropout
+    init_device initializer_factor initializer_range embedding_initializer_range
+    gradient_checkpointing max_position_embeddings max_sequence_length n_ctx seq_length use_cache cache_implementation
+    bos_token_id decoder_start_token_id eos_token_id forced_bos_token_id forced_eos_token_id pad_token_id sep_token_id
+    bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
+    exponential_decay_length_penalty length_penalty max_length max_new_tokens min_length no_repeat_ngram_size
+    num_beam_groups num_beams num_return_sequences output_scores prefix remove_invalid_values repetition_penalty
+    return_dict_in_generate suppress_tokens task_specific_params temperature top_k top_p typical_p
+    chunk_size_feed_forward finetuning_task id2label label2id num_labels output_attentions output_hidden_states
+    output_past problem_type return_dict summary_activation summary_first_dropout summary_proj_to_labels summary_type
+    summary_use_proj tie_last_hidden_states torchscript
+    pretraining_tp reorder_and_upcast_attn attention_softmax_in_fp32 scale_attention_softmax_in_fp32
+""".split())
+
+# Fields that say nothing as long as they have one of these values.
+INERT = {"add_cross_attention": (False,), "cross_attention_hidden_size": (None,), "is_decoder": (False, True),
+         "is_encoder_decoder": (False,), "per_layer_config": (None, {}), "pruned_heads": (None, {}),
+         "tie_encoder_decoder": (False,)}
+
+_MISSING = object()
+
+
+class Fields:
+    """A dictionary from JSON whose reads are noted, and which collects what is wrong with it.
+
+        f.take("hidden_size")                    its value; where it is not written, that of `defaults`
+        f.only("position_embedding_type", "rope")   unsupported with any other value than those given
+        f.choose("hidden_act", {"silu": "silu"})    the value's translation; unsupported where it has none
+        f.inside("rope_parameters")              the fields of a dictionary inside this one
+        f.finish()                               one ValueError with all that is wrong, and every field nobody read
+
+    defaults: what the family's config class in transformers takes for a field that is not written; a field without a
+    default must be written. spelling: the family's own names of fields, {"hidden_size": "n_embd"}; both are read.
+    """
+
+    def __init__(self, values: dict[str, Any], defaults: dict[str, Any] | None = None,
+                 spelling: dict[str, str] | None = None, where: str = ""):
+        self.values, self.defaults, self.spelling, self.where = values, defaults or {}, spelling or {}, where
+        self.used: set[str] = set()
+        self.problems: list[str] = []
+        self.inner: dict[str, Fields] = {}
+
+    def __contains__(self, name: str) -> bool:
+        """Whether the field is written, and not as null."""
+        self.used.add(name)
+        return self.values.get(name) is not None
+
+    def take(self, name: str, default: Any = _MISSING) -> Any:
+        """The value of a field; where it is not written, that of `defaults`, or else `default`."""
+        names = [name, self.spelling.get(name, name)]
+        self.used.update(names)
+        for spelled in names:
+            if spelled in self.values:
+                return self._checked(spelled, self.values[spelled])
+        if name not in self.defaults and default is _MISSING:
+            self.refuse(f"{self.where}{names[-1]} is missing")
+        return self.defaults.get(name, None if default is _MISSING else default)
+
+    def only(self, name: str, *supported: Any, default: Any = _MISSING) -> Any:
+        """The value of a field of which only some values are supported."""
+        value = self.take(name, default)
+        if value not in supported:
+            self.refuse(f"{self.where}{name} = {value!r} is not supported; {' or '.join(map(repr, supported))} is")
+        return value
+
+    def choose(self, name: str, table: dict, default: Any = _MISSING) -> Any:
+        """The translation of a field's value by `table`."""
+        value = self.take(name, default)
+        if not isinstance(value, str) or value not in table:
+            self.refuse(f"{self.where}{name} = {value!r} is not supported; {near(str(value), list(table))}")
+            return next(iter(table.values()))
+        return table[value]
+
+    def inside(self, name: str) -> "Fields":
+        """The fields of a dictionary inside this one, empty where it is not written; `finish` looks into it too."""
+        if name not in self.inner:
+            value = self.take(name, {}) or {}
+            if not isinstance(value, dict):
+                self.refuse(f"{self.where}{name} = {value!r}: must be a dictionary")
+                value = {}
+            self.inner[name] = Fields(value, where=f"{self.where}{name}.")
+        return self.inner[name]
+
+    def refuse(self, problem: str) -> None:
+        """Notes what is wrong; `finish` raises it."""
+        if problem not in self.problems:
+            self.problems.append(problem)
+
+    def all_problems(self) -> list[str]:
+        """What is wrong here and inside, and every field that was not read and is not known to be harmless."""
+        unread = [f"{self.where}{name} = {_short(value)} is not understood" for name, value in self.values.items()
+                  if name not in self.used and name not in HARMLESS and value not in INERT.get(name, ())]
+        return self.problems + unread + [line for f in self.inner.values() for line in f.all_problems()]
+
+    def finish(self, *more: str) -> None:
+        """ValueError listing `all_problems`, and `more`."""
+        lines = self.all_problems() + list(more)
+        if lines:
+            raise ValueError("config.json cannot be read:\n  " + "\n  ".join(lines))
+
+    def _checked(self, name: str, value):
+        default = self.defaults.get(name)
+        kinds = {bool: bool, int: (int, float), float: (int, float), str: str}.get(type(default))
+        wrong = value is not None and kinds and (not isinstance(value, kinds) or isinstance(value, bool) != (kinds is bool))
+        if wrong:
+            self.refuse(f"{self.where}{name} = {_short(value)}: must be of the kind of {default!r}")
+        return default if wrong else value
+
+
+def _short(value) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,184 @@
+"""The tensors of a folder: safetensors files, one or several with an index.
+
+Reading is by `pread` into the place where the numbers shall live, not by mapping files into memory: pages of a mapped
+file count as the process's own, so a model would weigh twice while it is loaded; and bfloat16 is read as what it is.
+The format (https://github.com/huggingface/safetensors): eight bytes, the header's length; a header of JSON, {name:
+{dtype, shape, data_offsets}}; the numbers, little-endian.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SHARD = 5 * 10**9  # bytes of a file that is written
+HEADER = 100 * 2**20  # the longest header that the format allows
+PIECE = 2**20  # bytes read at once
+TILE = 2**16  # bytes moved at once: rows of a tile are columns of ours, and both must stay in a core's cache
+DTYPES = {"F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
+          "BF16": np.dtype(ml_dtypes.bfloat16), "I64": np.dtype(np.int64), "I32": np.dtype(np.int32),
+          "U32": np.dtype(np.uint32), "I8": np.dtype(np.int8), "U8": np.dtype(np.uint8), "BOOL": np.dtype(bool)}
+
+
+class Tensor(NamedTuple):
+    """Where a tensor lies. dtype: None for a kind of number that cannot be read."""
+
+    file: Path
+    offset: int
+    dtype: np.dtype | None
+    shape: tuple[int, ...]
+
+
+class Tensors:
+    """The tensors of a folder by name; a context manager that holds its files open.
+
+    ValueError where there are none, where files are not what they should be, and for weights in pickles.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.found: dict[str, Tensor] = {}
+        self._open: dict[Path, int] = {}
+        for file, names in _files(Path(folder)):
+            self.found.update(read_header(file, names))
+
+    def __enter__(self) -> "Tensors":
+        return self
+
+    def __exit__(self, *_) -> None:
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+    def open(self) -> None:
+        """Opens all files, so that threads may read."""
+        for file in {tensor.file for tensor in self.found.values()} - set(self._open):
+            self._open[file] = os.open(file, os.O_RDONLY)
+
+    def copy(self, name: str, theirs: tuple[slice, ...], ours: np.ndarray) -> None:
+        """Fills `ours` (a view of any strides) with the part `theirs` of a tensor, cast to its dtype."""
+        if not theirs:  # a single number
+            theirs, ours = (slice(0, 1),), ours[None]
+        tensor, (rows, *rest) = self.found[name], theirs
+        width = math.prod(tensor.shape[1:])
+        row_bytes = max(1, width * tensor.dtype.itemsize)
+        step, tile = max(1, PIECE // row_bytes), max(64 // tensor.dtype.itemsize, TILE // row_bytes)
+        buffer = np.empty((min(step, rows.stop - rows.start), *tensor.shape[1:]), tensor.dtype)
+        for start in range(rows.start, rows.stop, step):
+            piece = buffer[:min(step, rows.stop - start)]
+            self._read(tensor, start * row_bytes, piece)
+            piece, place = piece[:, *rest], ours[start - rows.start:]
+            for row in range(0, len(piece), tile):
+                _move(piece[row:row + tile], place[row:row + tile][:len(piece) - row])
+
+    def _read(self, tensor: Tensor, offset: int, into: np.ndarray) -> None:
+        buffer, offset = memoryview(into.reshape(-1).view(np.uint8)), tensor.offset + offset
+        while buffer:
+            count = os.preadv(self._open[tensor.file], [buffer], offset)
+            if not count:
+                raise ValueError(f"{tensor.file} ends before its tensors do")
+            buffer, offset = buffer[count:], offset + count
+
+
+def read_header(file: Path, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+    """Where the tensors of a safetensors file lie. names: those that must be there and are wanted; None for all."""
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if not 0 < length <= min(HEADER, size - 8):
+                raise ValueError(f"its header would be {length} bytes long")
+            header = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        found = {name: _tensor(file, 8 + length, size, name, entry) for name, entry in header.items()}
+        if missing := set(names or ()) - set(found):
+            raise ValueError(f"it lacks {sorted(missing)[:3]}, which the index places in it")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
+    return found if names is None else {name: found[name] for name in names}
+
+
+def _tensor(file: Path, origin: int, size: int, name: str, entry: dict) -> Tensor:
+    begin, end = entry["data_offsets"]
+    shape, dtype = tuple(entry["shape"]), DTYPES.get(entry["dtype"])
+    if not 0 <= begin <= end <= size - origin or not all(isinstance(n, int) and n >= 0 for n in shape):
+        raise ValueError(f"{name} lies outside the file")
+    if dtype is not None and math.prod(shape) * dtype.itemsize != end - begin:
+        raise ValueError(f"{name} of shape {list(shape)} has {end - begin} bytes")
+    return Tensor(file, origin + begin, dtype, shape)
+
+
+def _files(folder: Path) -> list[tuple[Path, list[str] | None]]:
+    """The files of a folder, and the tensors to take from each (None for all)."""
+    if (folder / SINGLE).is_file():
+        return [(folder / SINGLE, None)]
+    if (folder / INDEX).is_file():
+        return _index(folder)
+    pickles = [file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern)]
+    if pickles:
+        raise ValueError(f"{folder} holds its weights as pickles ({pickles[0]}), which can run any code and are never "
+                         "opened here: convert them to safetensors first")
+    raise ValueError(f"{folder} holds no {SINGLE} and no {INDEX}")
+
+
+def _index(folder: Path) -> list[tuple[Path, list[str]]]:
+    try:
+        places = json.loads((folder / INDEX).read_text())["weight_map"]
+        files: dict[str, list[str]] = {}
+        for name, file in places.items():
+            files.setdefault(file, []).append(name)
+        for file in files:
+            if Path(file).name != file or file in ("", ".", ".."):
+                raise ValueError(f"{file!r} is no name of a file in this folder")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder / INDEX} cannot be read: {error}") from error
+    return [(folder / file, names) for file, names in sorted(files.items())]
+
+
+def _move(source: np.ndarray, target: np.ndarray) -> None:
+    """`target[...] = source`. bfloat16 goes as whole numbers, which NumPy moves faster, and for float32 shifted."""
+    if source.dtype == target.dtype and source.dtype.itemsize == 2:
+        target.view(np.uint16)[...] = source.view(np.uint16)
+    else:
+        target[...] = source
+
+
+def aligned(shape: tuple[int, ...], dtype) -> np.ndarray:
+    """An array whose memory JAX can take over on a CPU without a copy: it wants multiples of 64 bytes."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.empty(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start:start + size].view(dtype).reshape(shape)
+
+
+def write(folder: Path, shapes: dict[str, tuple[int, ...]], dtype_of, make, shard: int = SHARD) -> list[str]:
+    """Writes tensors as NAME.part files, in shards of at most `shard` bytes.
+
+    Args: dtype_of(name); make(name): the array, made when its shard is written.
+    Returns: the final names of all files written; each is there as NAME.part.
+    """
+    from safetensors.numpy import save_file
+
+    shards, room = [], 0
+    for name, shape in shapes.items():
+        size = math.prod(shape) * dtype_of(name).itemsize
+        if size > room or not shards:
+            shards.append([])
+            room = shard
+        shards[-1].append(name)
+        room -= size
+    files = [SINGLE] if len(shards) == 1 else [f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+                                               for i in range(len(shards))]
+    for file, names in zip(files, shards):
+        save_file({name: make(name) for name in names}, folder / f"{file}.part", {"format": "pt"})
+    if len(shards) > 1:
+        total = sum(math.prod(shape) * dtype_of(name).itemsize for name, shape in shapes.items())
+        index = {"metadata": {"total_size": total},
+                 "weight_map": {name: file for file, names in zip(files, shards) for name in names}}
+        (folder / f"{INDEX}.part").write_text(json.dumps(index, indent=1))
+        files.append(INDEX)
+    return files
