@@ -1,5 +1,6 @@
 """A language model: token ids in, a body of layers, logits out."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from archlab.layers.alphabet import parameter
 from archlab.layers.config import Config, LayerConfig, near, require
-from archlab.layers.contract import Aux, Layer, Place, Tokens, Training, count_positions, pytree, wide
+from archlab.layers.contract import Aux, Layer, Memory, Place, Tokens, Training, count_positions, pytree, wide
 from archlab.layers.embedding import Embedding, Head, cross_entropy, tied_logits
 from archlab.layers.mlp import add_bias
 from archlab.layers.norms import RMSNorm
@@ -82,11 +83,13 @@ class Model(nnx.Module):
         self.head = None if config.tied else Head(config.vocab, config.width, rngs)
         self.head_bias = parameter(rngs, "->V", (config.vocab,)) if config.head_bias else None
 
-    def init_state(self, batch: int, max_length: int, dtype=None, context_length=None) -> ModelState:
+    def init_state(self, batch: int, max_length: int, dtype=None, context_length=None,
+                   memory: Memory | None = None) -> ModelState:
         """The state before the first token, for rows of at most `max_length` tokens; caches in `dtype` (default: the
-        compute dtype). context_length: what is declared to positions that depend on it; by default `max_length`."""
+        compute dtype). context_length: what is declared to positions that depend on it; by default `max_length`.
+        memory: what cross-attending layers read."""
         numbers = lambda: jnp.zeros((batch,), jnp.int32)
-        body = self.body.init_state(batch, max_length, dtype or self.compute_dtype)
+        body = self.body.init_state(batch, max_length, dtype or self.compute_dtype, memory)
         declared = jnp.asarray(max_length if context_length is None else context_length, jnp.int32)
         return ModelState(body, numbers(), numbers(), declared)
 
@@ -96,7 +99,8 @@ class Model(nnx.Module):
 
     def __call__(self, ids: Int[Array, "B T"], state: ModelState | None = None,
                  positions: Int[Array, "B T"] | None = None, segment_ids: Int[Array, "B T"] | None = None,
-                 training: bool | Training = False, rngs: nnx.Rngs | None = None, logits: str = "all") -> Output:
+                 training: bool | Training = False, rngs: nnx.Rngs | None = None, logits: str = "all",
+                 memory: Memory | None = None) -> Output:
         """Runs a piece of text.
 
         Args:
@@ -105,6 +109,7 @@ class Model(nnx.Module):
           segment_ids: 0 for padding, each other number a document; by default one document.
           training: True asks every layer for its training form; keys come from `rngs` (or pass a `Training`).
           logits: "all", "last" (each row's last real token only) or "none".
+          memory: what cross-attending layers read in a pass without a state.
         """
         if logits not in LOGITS:
             raise ValueError(f"logits = {logits!r}: {near(str(logits), LOGITS)}")
@@ -112,34 +117,41 @@ class Model(nnx.Module):
             if rngs is None:
                 raise ValueError("training = True needs rngs: the training form draws random numbers")
             training = Training(rngs.dropout(), jnp.int32(0))
-        segments = jnp.ones(ids.shape, jnp.int32) if segment_ids is None else segment_ids.astype(jnp.int32)
-        ragged = segment_ids is not None and ids.shape[1] > 1
-        if ragged:  # padding goes to the end of each row, and back when all is done
-            order = jnp.argsort(segments == 0, axis=1, stable=True)
-            ids, segments = (jnp.take_along_axis(a, order, 1) for a in (ids, segments))
-            positions = None if positions is None else jnp.take_along_axis(positions, order, 1)
-
-        none = jnp.zeros(ids.shape[:1], jnp.int32)
-        last, length = (none, none) if state is None else (state.segment, state.length)
-        counted, last, length = count_positions(segments, last, length)
-        declared = jnp.int32(ids.shape[1]) if state is None else state.context_length
-        tokens = Tokens(segments, counted if positions is None else positions, training or None,
-                        context_length=declared)
-
-        x = self.embed(ids, self.compute_dtype) * self.config.embedding_scale
-        x = constrain(x, "BT.")  # on a mesh: rows split, channels whole
+        x, tokens, order, (last, length) = self.enter(ids, segment_ids, positions, training or None, state)
+        tokens = dataclasses.replace(tokens, memory=memory)
         x, body, aux = self.body(x, tokens, None if state is None else state.body)
         hidden = x if self.norm is None else self.norm(x)
-        if ragged:
+        if order is not None:
             hidden = jnp.take_along_axis(hidden, jnp.argsort(order, axis=1)[:, :, None], 1)
         if logits == "last":
-            end = jnp.maximum(segments.astype(bool).sum(1) - 1, 0)
-            end = jnp.take_along_axis(order, end[:, None], 1) if ragged else end[:, None]
+            end = jnp.maximum(tokens.real.sum(1) - 1, 0)[:, None]
+            end = end if order is None else jnp.take_along_axis(order, end, 1)
             out = self.logits(jnp.take_along_axis(hidden, end[:, :, None], 1))
         else:
             out = self.logits(hidden) if logits == "all" else None
         state = None if state is None else ModelState(body, last, length, state.context_length)
         return Output(out, state, aux.under("body"), hidden)
+
+    def enter(self, ids: Int[Array, "B T"], segment_ids=None, positions=None, training: Training | None = None,
+              state: ModelState | None = None):
+        """What the first layer gets: the embedded stream and its `Tokens`, padding moved to the end of each row.
+
+        Also returns where each token came from, [B, T] (None where nothing was moved), and the last document and its
+        length so far, each [B].
+        """
+        segments = jnp.ones(ids.shape, jnp.int32) if segment_ids is None else segment_ids.astype(jnp.int32)
+        order = None
+        if segment_ids is not None and ids.shape[1] > 1:
+            order = jnp.argsort(segments == 0, axis=1, stable=True)
+            ids, segments = (jnp.take_along_axis(a, order, 1) for a in (ids, segments))
+            positions = None if positions is None else jnp.take_along_axis(positions, order, 1)
+        none = jnp.zeros(ids.shape[:1], jnp.int32)
+        last, length = (none, none) if state is None else (state.segment, state.length)
+        counted, last, length = count_positions(segments, last, length)
+        declared = jnp.int32(ids.shape[1]) if state is None else state.context_length
+        tokens = Tokens(segments, counted if positions is None else positions, training, context_length=declared)
+        x = self.embed(ids, self.compute_dtype) * self.config.embedding_scale
+        return constrain(x, "BT."), tokens, order, (last, length)  # on a mesh: rows split, channels whole
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """The head alone, in at least float32."""

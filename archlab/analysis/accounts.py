@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from archlab.analysis.flops import Flops, count
+from archlab.encoder_decoder import EncoderDecoder
 from archlab.layers.alphabet import parameters_of
 from archlab.layers.contract import Training
 from archlab.model import LanguageModel
@@ -96,8 +97,8 @@ def profile(config: LanguageModel | str, context: int = 4096, batch: int = 1) ->
     texts, tokens = ids(ROWS, context), ROWS * context
     return Profile(
         context, batch, _parameters(model),
-        forward=count(lambda m, i: m(i).logits, model, texts) / tokens,
-        training=count(lambda m, i, t: m(i, training=t).logits, model, texts, training) * 3 / tokens,
+        forward=count(lambda m, i: _run(m, i).logits, model, texts) / tokens,
+        training=count(lambda m, i, t: _run(m, i, t).logits, model, texts, training) * 3 / tokens,
         decode=count(lambda m, i, s: m(i, state=s).logits, model, ids(1, 1), state),
         state_bytes=state_bytes(config, context, batch),
     )
@@ -134,7 +135,18 @@ def short(number: float, pad: bool = True) -> str:
 
 def _state(config: LanguageModel, context: int, batch: int):
     dtype = jnp.dtype(config.dtype or jnp.float32)
-    return jax.eval_shape(lambda model: model.init_state(batch, context, dtype), abstract(config))
+    def make(model):
+        source = jnp.zeros((batch, context), jnp.int32)
+        memory = model.encode(source)[0] if isinstance(config, EncoderDecoder) else None
+        return model.init_state(batch, context, dtype, memory=memory)
+
+    return jax.eval_shape(make, abstract(config))
+
+
+def _run(model, ids, training=None):
+    """A pass over `ids`; an encoder-decoder reads a source as long."""
+    memory = model.encode(ids, training=training)[0] if isinstance(model.config, EncoderDecoder) else None
+    return model(ids, training=training or False, memory=memory)
 
 
 def _parameters(model: nnx.Module) -> Parameters:

@@ -10,6 +10,7 @@ import numpy as np
 
 from archlab.data import Corpus, validation_batches
 from archlab.model import Model
+from archlab.training.objectives import prepare, run
 
 # Traces with one number for each token: the name of the trace, and what to call it.
 PER_TOKEN = {"depth": "recursions", "steps": "steps before halting", "step_size": "mean step size"}
@@ -29,7 +30,8 @@ class Inside:
 def look_inside(model: Model, corpus: Corpus, tokenizer, context: int, rows: int = 8) -> Inside:
     """Runs the first rows of a corpus's validation side: loads are taken over all of them, per token over the first."""
     batch = next(iter(validation_batches(corpus, tokenizer, context, rows, limit=1)))
-    traces = jax.jit(lambda m, b: m(b.ids, segment_ids=b.segments, logits="none").aux.traces)(model, batch)
+    batch = prepare(model.config, batch, jax.random.key(0))
+    traces = jax.jit(lambda m, b: run(m, b).aux.traces)(model, batch)
     traces = {key: np.asarray(value) for key, value in traces.items()}
     length = int((batch.segments[0] > 0).sum())
     per_token = {}

@@ -23,13 +23,16 @@ Tokenizer = ByteTokenizer | BpeTokenizer
 class Batch:
     """Rows of text for one step, and what is to be predicted.
 
-    `weights` is 1 where the target is the next token of the input's own document; elsewhere it is 0.
+    `weights` is 1 where the target is the next token of the input's own document; elsewhere it is 0. `source` is what an
+    encoder reads, where there is one.
     """
 
     ids: Int32[np.ndarray, "B T"]
     targets: Int32[np.ndarray, "B T"]
     segments: Int32[np.ndarray, "B T"]
     weights: Float32[np.ndarray, "B T"]
+    source: Int32[np.ndarray, "B S"] | None = None
+    source_segments: Int32[np.ndarray, "B S"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -154,7 +154,7 @@ class MixtureOfRecursionsModule(Layer):
             return jnp.take_along_axis(a, index.reshape(index.shape + (1,) * (a.ndim - 2)), axis=1)
 
         here = take(chosen)
-        provided = {name: take(a) if a.shape[:2] == (B, T) else a for name, a in tokens.provided.items()}
+        provided = jax.tree.map(lambda a: take(a) if a.shape[:2] == (B, T) else a, tokens.provided)
         gathered = dataclasses.replace(tokens, segments=jnp.where(here, take(tokens.segments), 0),
                                        positions=take(tokens.positions), provided=provided)
         y, state, aux = self.unit(take(x), gathered, state)

@@ -14,18 +14,20 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Int
 
+from archlab.encoder_decoder import EncoderDecoder
 from archlab.inference.sampling import check_sampling, sample
 from archlab.layers.repeat import unstack
 from archlab.layers.weights import merge, split
 from archlab.model import Model
 
+NO_LIMIT = 2**30  # tokens
 PROMPT, SLOTS = 16, 256  # the shortest prompt and the smallest cache that a program is compiled for
 
 
 def generate(model: Model, prompt_ids: Int[Array, "B P"], max_new_tokens: int = 64, temperature: float = 0.8,
              top_k: int | None = None, top_p: float | None = None, rngs: nnx.Rngs | None = None,
              segment_ids: Int[Array, "B P"] | None = None, eos: int | None = None) -> Int[Array, "B P+N"]:
-    """Continues each prompt by `max_new_tokens` (N) tokens.
+    """Continues each prompt by `max_new_tokens` (N) tokens; an encoder-decoder reads it, and writes a text of its own.
 
     Args:
       model: copies of a `Repeat` are taken apart here; pass `unstack(model)` to have that done once for many calls.
@@ -35,11 +37,12 @@ def generate(model: Model, prompt_ids: Int[Array, "B P"], max_new_tokens: int = 
       segment_ids: as for the model, 0 for padding; what is new belongs to each row's last document.
       eos: the token that ends a row: it is repeated to the row's end, and the work stops when all rows have ended.
 
-    Returns: the prompts as given, padding too, and after them what is new.
+    Returns: the prompts as given, padding too, and after them what is new; of an encoder-decoder what is new [B, N].
     Raises: ValueError for an empty prompt, ids outside the vocabulary, and settings out of their range.
     """
     run = _Run(model, prompt_ids, max_new_tokens, temperature, top_k, top_p, rngs, segment_ids, eos)
-    text = [jnp.asarray(prompt_ids, jnp.int32), run.token[:, None]]
+    text = [] if run.reads else [jnp.asarray(prompt_ids, jnp.int32)]
+    text.append(run.token[:, None])
     while left := max_new_tokens - run.made:
         text.append(run.advance(min(left, run.room())))
     return jnp.concatenate(text, axis=1)
@@ -88,23 +91,33 @@ class _Run:
         check_sampling(model.config.vocab, temperature, top_k, top_p)
         if eos is not None and not 0 <= eos < model.config.vocab:
             raise ValueError(f"eos = {eos!r}: must be an id of the vocabulary, from 0 to {model.config.vocab - 1}")
+        if not model.config.body.causal:
+            raise ValueError("generate: the model sees both ways, so it has no next token to give")
         structure, parameters, rest = split(unstack(model))
         self.weights, self.programs = (parameters, rest), _programs(structure)
         self.top_k, self.eos, self.made = top_k, -1 if eos is None else eos, 1
         self.choice = {"key": (nnx.Rngs(0) if rngs is None else rngs).sample(), "eos": np.int32(self.eos),
                        "temperature": np.float32(temperature) if temperature else None,
                        "top_p": None if top_p is None else np.float32(top_p)}
-        self.written = ids.shape[1]
-        length = _power_of_two(self.written, PROMPT)
-        self.slots = max(length, SLOTS)
-        padded = lambda a: np.pad(a, ((0, 0), (0, length - self.written)))
+        self.reads = isinstance(model.config, EncoderDecoder)  # the prompt, as a source: what is written begins anew
+        self.written = 1 if self.reads else ids.shape[1]
+        self.limit = model.config.body.longest or NO_LIMIT
+        reader = (model.config.encoder.longest or NO_LIMIT) if self.reads else self.limit
+        if ids.shape[1] > reader or self.written + max_new_tokens > self.limit:
+            raise ValueError(f"a prompt of {ids.shape[1]} tokens and max_new_tokens = {max_new_tokens}: the model has places "
+                             f"for {self.limit}" + (f", its encoder for {reader}" if self.reads else ""))
+        length = min(_power_of_two(ids.shape[1], PROMPT), reader)
+        slots = _power_of_two(max_new_tokens + 1, SLOTS) if self.reads else length
+        self.slots = min(max(slots, SLOTS), self.limit)
+        padded = lambda a: np.pad(a, ((0, 0), (0, length - ids.shape[1])))
+        self.choice["context_length"] = np.int32(self.written + max_new_tokens)
         self.state, self.token, self.done = self.programs["prefill"](
             self.weights, padded(ids), padded(segments), self.choice, top_k=top_k, slots=self.slots)
 
     def room(self) -> int:
         """How many more tokens fit the caches, which are doubled where they are full."""
         if self.written == self.slots:
-            self.slots *= 2
+            self.slots = min(2 * self.slots, self.limit)
             self.state = self.programs["grow"](self.weights, self.state, slots=self.slots)
         return self.slots - self.written
 
@@ -151,8 +164,12 @@ def _programs(structure: nnx.GraphDef) -> dict:
         return jax.lax.while_loop(more, body, (jnp.int32(0), state, token, done, text))[1:]
 
     def prefill(weights, ids, segments, choice, top_k, slots):
-        model = merge(structure, *weights)
-        out = model(ids, model.init_state(ids.shape[0], slots), segment_ids=segments, logits="last")
+        model, memory = merge(structure, *weights), None
+        if isinstance(model.config, EncoderDecoder):
+            memory, _ = model.encode(ids, segments)
+            ids, segments = model.begin(ids.shape[0]), segments.max(1, keepdims=True)
+        state = model.init_state(ids.shape[0], slots, context_length=choice["context_length"], memory=memory)
+        out = model(ids, state, segment_ids=segments, logits="last")
         return out.state, *choose(out.logits[:, 0], jnp.zeros(ids.shape[:1], bool), 0, choice, top_k)
 
     def larger(weights, state, slots):

@@ -113,6 +113,11 @@ class LayerConfig(Config):
         """Whether a decode step's work and state are bounded, whatever the length of the context."""
         return all(layer.recurrent for layer in self.inner())
 
+    @property
+    def longest(self) -> int | None:
+        """The longest text that it has places for, in tokens; None for any."""
+        return min((n for n in (layer.longest for layer in self.inner()) if n is not None), default=None)
+
 
 def require(condition: bool, config: Config, field: str, wanted: str) -> None:
     """Raises ValueError naming the config, the field, its value and what would be right."""

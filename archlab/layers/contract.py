@@ -33,6 +33,15 @@ class Training:
 
 
 @pytree
+class Memory:
+    """What cross-attending layers read: values [B, S, D]; segments [B, S]: the document of each, 0 for padding. A token
+    reads what bears the number of its own document."""
+
+    values: Float[Array, "B S D"]
+    segments: Int[Array, "B S"]
+
+
+@pytree
 class Tokens:
     """What is known about the tokens of a batch.
 
@@ -44,6 +53,7 @@ class Tokens:
     provided: values that earlier layers published by name for later ones (`Provide`).
     context_length: how long the whole text is declared to be, int32 scalar: T without a state, the state's `max_length`
       with one. None where nobody said. Only positions that depend on it read it (dynamic NTK, LongRoPE).
+    memory: what cross-attending layers read in a pass without a state; with one, it is in the state.
     """
 
     segments: Int[Array, "B T"]
@@ -51,6 +61,7 @@ class Tokens:
     training: Training | None = None
     provided: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
     context_length: Int[Array, ""] | None = None
+    memory: Memory | None = None
 
     @property
     def real(self) -> Bool[Array, "B T"]:
@@ -113,12 +124,12 @@ class Place(NamedTuple):
 class Layer(nnx.Module):
     """Base of all layers. A subclass defines `__call__`, and `init_state` where it remembers something."""
 
-    def init_state(self, batch: int, max_length: int, dtype=jnp.float32, memory=None) -> Any:
+    def init_state(self, batch: int, max_length: int, dtype=jnp.float32, memory: Memory | None = None) -> Any:
         """The state before the first token: a pytree of fixed shapes and dtypes, or None for a layer without memory.
 
         Args:
           batch: B. max_length: the most tokens a row will hold. dtype: of caches (recurrent state is at least float32).
-          memory: what a cross-attending layer reads, [B, S, D]; projected once, here, into the state.
+          memory: what cross-attending layers read; projected once, here, into the state.
         """
         return None
 

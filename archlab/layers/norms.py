@@ -6,7 +6,7 @@ from jaxtyping import Array, Float
 
 from archlab.layers.alphabet import parameter
 from archlab.layers.config import LayerConfig, require
-from archlab.layers.contract import Place, wide
+from archlab.layers.contract import Aux, Layer, Place, Tokens, wide
 
 
 class Norm(LayerConfig):
@@ -77,6 +77,23 @@ class NormModule(nnx.Module):
         if self.scale is not None:
             y = y * (self.scale[...] + self.norm.centred).astype(y.dtype)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+
+
+class Normalise(LayerConfig):
+    """A norm as a layer of its own: of the embedded text before the first block (BLOOM, BART, BERT)."""
+
+    norm: Norm = LayerNorm()
+
+    def build(self, rngs: nnx.Rngs, at: Place) -> "NormaliseModule":
+        return NormaliseModule(self, rngs, at)
+
+
+class NormaliseModule(Layer):
+    def __init__(self, config: Normalise, rngs: nnx.Rngs, at: Place):
+        self.norm = config.norm.build(rngs, at)
+
+    def __call__(self, x, tokens: Tokens, state=None):
+        return self.norm(x), None, Aux()
 
 
 def rms_normalise(x: Float[Array, "... D"], eps: float) -> Float[Array, "... D"]:

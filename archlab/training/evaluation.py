@@ -13,6 +13,7 @@ from archlab.data.batches import Batch
 from archlab.layers.contract import count_positions
 from archlab.layers.weights import merge
 from archlab.parallel.mesh import global_batch
+from archlab.training.objectives import prepare, run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +50,8 @@ def make_evaluate_step(structure: nnx.GraphDef, bytes_per_token: np.ndarray):
     """A jitted function of (params, rest, batch) that gives the sums of an `Evaluation` over one batch."""
     def step(params, rest, batch: Batch):
         model = merge(structure, params, rest)
-        out = model(batch.ids, segment_ids=batch.segments, logits="none")
+        batch = prepare(model.config, batch, jax.random.key(0))
+        out = run(model, batch)
         nats = model.losses(out.hidden, batch.targets) * batch.weights
         none = jnp.zeros(batch.ids.shape[0], jnp.int32)
         positions, _, _ = count_positions(batch.segments, none, none)

@@ -15,6 +15,9 @@ from archlab.layers.contract import Training, pytree
 from archlab.layers.weights import merge, split
 from archlab.model import LanguageModel, Model
 from archlab.parallel.mesh import optimizer_shardings, parameter_shardings
+from archlab.training.objectives import prepare, run
+
+HIDING = 2**31 - 1  # what is folded into a step's key to draw what is hidden; micro-batches fold in their number
 
 
 @pytree
@@ -65,7 +68,7 @@ def make_train_step(structure: nnx.GraphDef, transform: optax.GradientTransforma
     """
     def loss_of(params, rest, batch: Batch, training: Training, count):
         model = merge(structure, params, rest)
-        out = model(batch.ids, segment_ids=batch.segments, training=training, logits="none")
+        out = run(model, batch, training)
         nll = jnp.sum(model.losses(out.hidden, batch.targets) * batch.weights) / count
         aux, updates = jax.tree.map(lambda x: x / accumulate, (out.aux.losses, out.aux.updates))
         return nll + sum(map(jnp.sum, aux.values())), (nll, jax.tree.map(jnp.sum, aux), updates)
@@ -89,6 +92,7 @@ def make_train_step(structure: nnx.GraphDef, transform: optax.GradientTransforma
 
     def step(state: TrainState, batch: Batch):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
+        batch = prepare(merge(structure, state.params, state.rest).config, batch, jax.random.fold_in(key, HIDING))
         count = jnp.maximum(jnp.sum(batch.weights), 1)
         (_, (nll, aux, updates)), grads = gradients(state, batch, key, count)
         moves, optimizer = transform.update(grads, state.optimizer, state.params)
