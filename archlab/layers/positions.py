@@ -62,17 +62,19 @@ class LearnedPositionsModule(Layer):
 class SinusoidalPositions(LayerConfig):
     """Sine and cosine of `position * base^(-2j/D)` (Vaswani et al. 2017, arXiv:1706.03762, section 3.5).
 
-    They are of size 1, as are embeddings in the paper, multiplied by sqrt(D) (`LanguageModel.embedding_scale`).
-
+    scale: their size. In the paper it is 1, as is that of embeddings, which are multiplied by sqrt(D)
+    (`LanguageModel.embedding_scale`); for embeddings as they are it is D^-0.5.
     interleaved: sines in the even channels and cosines in the odd ones, as in the paper; False for all sines before
     all cosines (Marian, and Tensor2Tensor up to its choice of frequencies).
     """
 
     base: float = 10000.0
+    scale: float = 1.0
     interleaved: bool = True
 
     def __post_init__(self):
         require(self.base > 1, self, "base", "must be above 1")
+        require(self.scale > 0, self, "scale", "must be above 0")
 
     def check(self, width: int) -> None:
         if width % 2:
@@ -87,9 +89,9 @@ class SinusoidalPositionsModule(Layer):
         self.config = config
 
     def __call__(self, x, tokens: Tokens, state=None):
-        base, interleaved = self.config.base, self.config.interleaved
-        places = tokens.positions.astype(wide(x).dtype)
-        return x + sinusoids(places, x.shape[-1], base, interleaved).astype(x.dtype), None, Aux()
+        config, places = self.config, tokens.positions.astype(wide(x).dtype)
+        signal = config.scale * sinusoids(places, x.shape[-1], config.base, config.interleaved)
+        return x + signal.astype(x.dtype), None, Aux()
 
 
 def sinusoids(places: Float[Array, "..."], width: int, base: float, interleaved: bool = True) -> Float[Array, "... D"]:

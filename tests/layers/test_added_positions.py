@@ -35,12 +35,12 @@ def test_learned(float64, offset):
 
 @pytest.mark.parametrize("interleaved", [True, False])
 def test_sinusoids_are_the_papers(float64, interleaved):
-    module, tokens = made(SinusoidalPositions(50.0, interleaved)), tokens_of(SEGMENTS)
+    module, tokens = made(SinusoidalPositions(50.0, 0.5, interleaved)), tokens_of(SEGMENTS)
     y, _, _ = module(jnp.zeros((2, 8, 6), jnp.float64), tokens)
     for b, t, j in np.ndindex(2, 8, 3):
         angle = int(tokens.positions[b, t]) / 50.0 ** (2 * j / 6)
         sine, cosine = (2 * j, 2 * j + 1) if interleaved else (j, j + 3)
-        np.testing.assert_allclose([y[b, t, sine], y[b, t, cosine]], [math.sin(angle), math.cos(angle)], rtol=1e-12)
+        np.testing.assert_allclose([y[b, t, sine], y[b, t, cosine]], [math.sin(angle) / 2, math.cos(angle) / 2], rtol=1e-12)
 
 
 def test_beyond_the_table():
@@ -58,6 +58,7 @@ def test_beyond_the_table():
     (lambda: LearnedPositions(0), "LearnedPositions.length = 0"),
     (lambda: LearnedPositions(4, offset=-1), "LearnedPositions.offset = -1"),
     (lambda: SinusoidalPositions(base=1.0), "SinusoidalPositions.base = 1.0"),
+    (lambda: SinusoidalPositions(scale=0.0), "SinusoidalPositions.scale = 0.0"),
     (lambda: SinusoidalPositions().check(5), "the width 5 must be even"),
 ])
 def test_bad_input(make, words):
