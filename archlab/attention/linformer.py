@@ -47,6 +47,10 @@ class Linformer(HeadsConfig):
     def recurrent(self) -> bool:
         return False
 
+    @property
+    def longest(self) -> int:
+        return self.length
+
     def build(self, rngs: nnx.Rngs, at: Place) -> "LinformerModule":
         return LinformerModule(self, rngs, at)
 
@@ -58,6 +62,9 @@ class LinformerModule(HeadsModule):
         super().__init__(form, rngs, at)
         self.key_sums = parameter(rngs, "T->.", (form.length, form.rank))
         self.value_sums = parameter(rngs, "T->.", (form.length, form.rank))
+
+    def init_state(self, batch, max_length, dtype=jnp.float32, memory=None):
+        return None
 
     def __call__(self, x, tokens: Tokens, state=None):
         """ValueError for a text longer than n, and for a state: there is none."""

@@ -41,13 +41,13 @@ def attend_sparse(pattern: Pattern, slots: int | None, q: Float[Array, "B T G R 
     Args: slots: how many of the keys are a cache's; the others are the queries' own, in their order. None: the cache
       holds the queries' own too. queries: padding last. layer: what a random pattern is drawn for.
     """
-    firsts, steps = _blocks(pattern, queries)
+    firsts, count = _blocks(pattern, queries)
 
-    def one(i, y):
-        rows, index, seen = _look(pattern, slots, i, firsts, queries, layer)
+    def one(blocks, y):
+        rows, index, seen = _look(pattern, slots, blocks, firsts, queries, layer)
         return _put(y, rows, attend_seen(take(q, rows), take(k, index), take(v, index), seen))
 
-    return _loop(one, jnp.zeros_like(q), steps)
+    return _loop(one, jnp.zeros_like(q), pattern, q.shape[1], count)
 
 
 def _forward(pattern, slots, q, k, v, queries, layer):
@@ -56,58 +56,54 @@ def _forward(pattern, slots, q, k, v, queries, layer):
 
 def _backward(pattern, slots, saved, dy):
     q, k, v, queries, layer = saved
-    firsts, steps = _blocks(pattern, queries)
+    firsts, count = _blocks(pattern, queries)
 
-    def one(i, carry):
+    def one(blocks, carry):
         dq, dk, dv = carry
-        rows, index, seen = _look(pattern, slots, i, firsts, queries, layer)
+        rows, index, seen = _look(pattern, slots, blocks, firsts, queries, layer)
         _, pull = jax.vjp(lambda *qkv: attend_seen(*qkv, seen), take(q, rows), take(k, index), take(v, index))
         dq_, dk_, dv_ = pull(take(dy, rows))
         return _put(dq, rows, dq_), _add(dk, index, dk_), _add(dv, index, dv_)
 
     zeros = jnp.zeros_like(q), jnp.zeros_like(wide(k)), jnp.zeros_like(wide(v))
-    dq, dk, dv = _loop(one, zeros, steps)
+    dq, dk, dv = _loop(one, zeros, pattern, q.shape[1], count)
     return dq, dk.astype(k.dtype), dv.astype(v.dtype), None, None
 
 
 attend_sparse.defvjp(_forward, _backward)
 
 
-def _blocks(pattern: Pattern, queries: Places) -> tuple[Int[Array, "B S"], tuple]:
-    """The row at which each block begins, in order, then the number of real tokens; and how many steps they take:
-    those that one document takes, and those that the documents at hand take, which may be more."""
+def _blocks(pattern: Pattern, queries: Places) -> tuple[Int[Array, "B S"], Int[Array, ""]]:
+    """The row at which each block begins, in order, and behind them the number of real tokens; and how many blocks the
+    row with the most of them has."""
     segments, positions = queries
     T = segments.shape[1]
     real = segments > 0
     new = segments != jnp.pad(segments, ((0, 0), (1, 0)))[:, :-1]
     begins = real & (new | (positions % pattern.block == 0))
-    rows = jnp.where(begins, jnp.arange(T), real.sum(1, keepdims=True))
-    together = _together(pattern, T)
-    end = jnp.broadcast_to(real.sum(1, keepdims=True), (len(rows), together + 1))
+    total = real.sum(1, keepdims=True)
+    rows = jnp.sort(jnp.where(begins, jnp.arange(T), total), 1)
+    return jnp.concatenate([rows, jnp.repeat(total, TOGETHER, 1)], 1), begins.sum(1).max()
+
+
+def _loop(one, carry, pattern: Pattern, T: int, count: Int[Array, ""]):
+    """`carry = one((first, number), carry)` for all blocks, a number of them at once.
+
+    First as many as one document of T tokens has: known when traced, so that the work is counted. There are more where
+    a row holds several documents, or a piece begins within a block: those are met one by one.
+    """
     sure = -(-T // pattern.block)
-    return (jnp.concatenate([jnp.sort(rows, 1), end], 1).astype(jnp.int32),
-            (-(-sure // together), None if T == 1 else -(-begins.sum(1).max() // together)))
+    number = min(TOGETHER, sure)
+    steps = -(-sure // number)
+    carry = jax.lax.fori_loop(0, steps, lambda i, carry: one((i * number, number), carry), carry)
+    return jax.lax.fori_loop(steps * number, count, lambda i, carry: one((i, 1), carry), carry) if T > 1 else carry
 
 
-def _together(pattern: Pattern, T: int) -> int:
-    """How many blocks are met in one step."""
-    return min(TOGETHER, -(-T // pattern.block))
-
-
-def _loop(one, carry, steps: tuple):
-    """`carry = one(i, carry)` for all steps. Of one document's the number is known when traced, so that they are
-    counted; more of them are needed where a row holds several, or a piece begins within a block."""
-    sure, all_ = steps
-    carry = one(0, carry) if sure == 1 else jax.lax.fori_loop(0, sure, one, carry)
-    return carry if all_ is None else jax.lax.fori_loop(sure, all_, one, carry)
-
-
-def _look(pattern: Pattern, slots, i, firsts, queries: Places, layer):
-    """One step's blocks: the rows of their queries (T: none) [B, N, T], which keys they look at [B, N, C], and which
-    of them are seen [B, N, T, C]."""
-    T = queries.positions.shape[1]
-    together = _together(pattern, T)
-    bounds = jax.lax.dynamic_slice_in_dim(firsts, i * together, together + 1, 1)
+def _look(pattern: Pattern, slots, blocks: tuple, firsts, queries: Places, layer):
+    """Of some blocks: the rows of their queries (T: none) [B, N, T], which keys they look at [B, N, C], and which of
+    them are seen [B, N, T, C]."""
+    T, (first, number) = queries.positions.shape[1], blocks
+    bounds = jax.lax.dynamic_slice_in_dim(firsts, first, number + 1, 1)
     first, end = bounds[:, :-1], bounds[:, 1:]
     place = jnp.take_along_axis(queries.positions, jnp.minimum(first, T - 1), 1)  # of each block's first query
     steps = jnp.arange(min(pattern.block, T))
@@ -125,7 +121,7 @@ def _look(pattern: Pattern, slots, i, firsts, queries: Places, layer):
 
 
 def attend_seen(q: Float[Array, "B N T G R K"], k: Float[Array, "B N C G K"], v: Float[Array, "B N C G K"],
-         seen: Bool[Array, "B N T C"]) -> Float[Array, "B N T G R K"]:
+                seen: Bool[Array, "B N T C"]) -> Float[Array, "B N T G R K"]:
     """Attention within each of N blocks, with all its scores at once; what sees nothing gets 0."""
     dtype = wide(q).dtype
     scores = jnp.einsum("BNTGRK,BNCGK->BNGRTC", q * q.shape[-1] ** -0.5, k.astype(q.dtype), preferred_element_type=dtype)
@@ -133,7 +129,8 @@ def attend_seen(q: Float[Array, "B N T G R K"], k: Float[Array, "B N C G K"], v:
     top = jnp.maximum(scores.max(-1, keepdims=True), jnp.finfo(dtype).min)
     weights = jnp.exp(scores - jax.lax.stop_gradient(top))
     weights = weights / jnp.maximum(weights.sum(-1, keepdims=True), jnp.finfo(dtype).tiny)
-    return jnp.einsum("BNGRTC,BNCGK->BNTGRK", weights.astype(q.dtype), v.astype(q.dtype))
+    out = jnp.einsum("BNGRTC,BNCGK->BNTGRK", weights.astype(q.dtype), v.astype(q.dtype), preferred_element_type=dtype)
+    return out.astype(q.dtype)
 
 
 def take(a: Float[Array, "B S *X"], index: Int[Array, "B N C"]) -> Float[Array, "B N C *X"]:

@@ -2,6 +2,7 @@
 
 from archlab.attention.linear import LinearAttention
 from archlab.layers.mlp import MLP
+from archlab.layers.positions import SinusoidalPositions
 from archlab.layers.repeat import Repeat
 from archlab.layers.residual import Residual
 from archlab.layers.sequence import Sequence
@@ -10,9 +11,10 @@ from archlab.model import LanguageModel
 
 def linear_transformer(width: int, depth: int, heads: int, hidden: int, vocab: int = 256,
                        **attention) -> LanguageModel:
-    """`depth` blocks of linear attention and MLP; `attention` takes the fields of `LinearAttention`."""
+    """Sinusoids on the embedding, `depth` blocks of linear attention and MLP; `attention`: fields of `LinearAttention`."""
     block = Sequence(Residual(LinearAttention(heads, **attention)), Residual(MLP(hidden)))
-    return LanguageModel(vocab, width, Repeat(block, depth))
+    body = Sequence(SinusoidalPositions(), Repeat(block, depth))
+    return LanguageModel(vocab, width, body, embedding_scale=width**0.5)
 
 
 CONFIGS = {
