@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from archlab.layers.config import Config
+import archlab
+from archlab.layers.config import Config, LayerConfig
 from archlab.layers.contract import Tokens, count_positions
 
 
@@ -29,6 +30,17 @@ def jittered(module, seed: int = 7, size: float = 0.1):
     noisy = [a + size * jax.random.normal(k, a.shape, a.dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a
              for k, a in zip(keys, leaves)]
     return jax.tree.unflatten(structure, noisy)
+
+
+def representatives() -> list[str]:
+    """A few small models of the zoo in which all kinds of its layers occur, for tests too slow for every model."""
+    kinds = {name: {type(config) for _, config in archlab.get_config(name).walk() if isinstance(config, LayerConfig)}
+             for name in archlab.list_models("*-nano")}
+    chosen, known = [], set()
+    while name := max((n for n in kinds if kinds[n] - known), key=lambda n: len(kinds[n] - known), default=None):
+        chosen.append(name)
+        known |= kinds[name]
+    return chosen
 
 
 def with_scan(config: Config, scan: bool) -> Config:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-import archlab
+from tests.helpers import representatives
 
 HERE = Path(__file__).parent
 FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
@@ -20,7 +20,7 @@ def run(file: str, selection: str = "") -> None:
     assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.parametrize("name", archlab.list_models("*-nano"))
+@pytest.mark.parametrize("name", representatives())
 def test_training_equals_one_device(name):
     run("training_on_eight_devices.py", f"[{name}-")
 

@@ -15,6 +15,7 @@ from archlab.layers.weights import merge
 from archlab.training.evaluation import evaluate, make_evaluate_step
 from archlab.training.optimizers import Optimizer
 from archlab.training.step import create_state, make_train_step, move, parameters
+from tests.helpers import representatives
 
 BYTES = np.ones(256, np.int32)
 
@@ -37,7 +38,7 @@ def start(name, optimizer=Optimizer(schedule="constant", warmup=0.0, learning_ra
     return structure, state, make_train_step(structure, transform, BYTES, **options)
 
 
-@pytest.mark.parametrize("name", archlab.list_models("*-nano"))
+@pytest.mark.parametrize("name", representatives())
 def test_overfits_one_batch(name):
     _, state, step = start(name)
     batch = batch_of(2, 24)
