@@ -37,16 +37,22 @@ def join_processes() -> None:
 def define_checkpoint() -> None:
     """The flags that name a trained model."""
     flags.DEFINE_string("checkpoint", None, "The folder of a training run, or of archlab.save.")
+    define_code()
+
+
+def define_code() -> None:
+    """The flag for the configs of one's own that a folder names."""
     flags.DEFINE_multi_string("code", [], "A Python file of yours whose configs the checkpoint names. Repeatable.")
 
 
-def load_checkpoint(folder: str):
-    """The model in a folder, after running the files of `--code`; a checkpoint itself never runs anything."""
+def load_checkpoint(folder: str, **how):
+    """The model in a folder, after running the files of `--code`; a checkpoint itself never runs anything. how: dtype
+    and mesh, as for `archlab.load`."""
     import archlab
 
     for path in flags.FLAGS.code:
         _run_file(Path(path))
-    return archlab.load(folder)
+    return archlab.load(folder, **how)
 
 
 def model_config(model: str, changes: list[str], dtype: str | None = None) -> LanguageModel:

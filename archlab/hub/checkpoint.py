@@ -19,7 +19,7 @@ from archlab.hub.reading import read
 from archlab.hub.tensors import INDEX, SHARD, SINGLE, Tensors, write
 from archlab.layers.alphabet import parameters_of
 from archlab.layers.weights import merge, split
-from archlab.model import Model
+from archlab.model import LanguageModel, Model
 from archlab.parallel.mesh import parameter_shardings
 
 CONFIG = "config.json"
@@ -70,12 +70,12 @@ def save(model: Model, folder: str | Path, shard: int = SHARD) -> None:
     """
     family, values = describe(model.config)
     config = family.config(values)
-    _, parameters, rest = split(model)
-    if rest or set(parameters) != set(parameters_of(nnx.eval_shape(lambda: model.config.build(nnx.Rngs(0))))):
+    parameters = split(model)[1]
+    if set(parameters) != set(_abstract_parameters(model.config)):
         raise ValueError("the arrays of this model are not those of its config (an unstacked one: save what it was "
                          "made from)")
-    wanted = plan(family, config, parameters_of(nnx.eval_shape(lambda: config.build(nnx.Rngs(0)))))
-    source = _Source(config, model.config, parameters)
+    wanted = plan(family, config, _abstract_parameters(config))
+    source = _Source([blocks.body for blocks in family.blocks], config, model.config, parameters)
     dtype_of = lambda name: source.copy(wanted[name].parts[0]).dtype
 
     def make(name):
@@ -99,12 +99,18 @@ def save(model: Model, folder: str | Path, shard: int = SHARD) -> None:
         os.replace(folder / f"{file}.part", folder / file)
 
 
+def _abstract_parameters(config: LanguageModel) -> dict[str, nnx.Param]:
+    return parameters_of(nnx.eval_shape(lambda: config.build(nnx.Rngs(0))))
+
+
 class _Source:
     """The parameters of a model, found by the paths of a config that does the same with other repeats."""
 
-    def __init__(self, config, own, parameters: dict[str, jax.Array]):
+    def __init__(self, bodies: list[str], config, own, parameters: dict[str, jax.Array]):
         self.arrays = {path: np.asarray(array) for path, array in parameters.items()}
-        self.own = dict(zip(leaves(config.body, "body"), leaves(own.body, "body"), strict=True))
+        self.own = {}  # {path and copy by `config`: path and copy by `own`}
+        for body in bodies:
+            self.own |= zip(leaves(getattr(config, body), body), leaves(getattr(own, body), body), strict=True)
 
     def copy(self, part: Part) -> np.ndarray:
         """The copy of a parameter that `part` is about, in the dimensions of its tensor."""

@@ -23,7 +23,7 @@ class Blocks:
     """The blocks of one body of the model.
 
     names: {path in our block: name in theirs}, see `layout.rules`. prefix: what stands before these names; {i} is the
-    number of the block. body: the path of the `Sequence` that holds ours; its children that `Family.outer` names are no
+    number of the block. body: the model's field with the `Sequence` of ours; its children that `Family.outer` names are no
     blocks. inputs_first: matrices are stored as [inputs, outputs] (GPT-2's Conv1D) and not as torch's Linear does.
     """
 
@@ -62,7 +62,7 @@ class Family:
         fields = Fields(values, self.defaults, self.spelling)
         try:
             config = self.read(fields)
-        except (ValueError, TypeError, ArithmeticError) as error:
+        except (ValueError, TypeError, LookupError, ArithmeticError) as error:
             fields.finish(str(error))
         fields.finish()
         return config
@@ -73,7 +73,7 @@ class Family:
             values = {"model_type": self.model_types[0], "architectures": [self.architecture], **self.write(config)}
             values = {self.spelling.get(name, name): value for name, value in values.items()}
             again = self.config(values)
-        except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
+        except Exception as error:  # whatever `write` stumbles over in a config of another form
             raise Unsayable([f"the whole is of another form ({error})"], FOREIGN) from error
         if differences := list(_differences(settled(config), settled(again))):
             raise Unsayable(differences, len(differences))
@@ -101,17 +101,19 @@ def family_of(model_type: str) -> Family:
 
 
 def describe(config: LanguageModel) -> tuple[Family, dict]:
-    """The family that can say all of a config, and the fields of its config.json. ValueError names what stands in the
-    way of the nearest one."""
-    nearest = []
+    """The family that can say all of a config, in the fewest fields where several can; and the fields of its
+    config.json. ValueError names what stands in the way of the nearest one."""
+    found, obstacles = [], []
     for family in {id(family): family for family in all_families().values()}.values():
         try:
-            return family, family.fields(config)
+            found.append((family, family.fields(config)))
         except Unsayable as obstacle:
-            nearest.append((obstacle.distance, family.model_types[0], obstacle))
-    _, name, obstacle = min(nearest, key=lambda entry: entry[:2])
+            obstacles.append((obstacle.distance, family.model_types[0], obstacle.lines))
+    if found:
+        return min(found, key=lambda pair: len(pair[1]))
+    _, name, lines = min(obstacles)
     raise ValueError(f"no family of Hugging Face checkpoints has this architecture; the nearest is {name}:\n  "
-                     + "\n  ".join(obstacle.lines[:5])) from obstacle
+                     + "\n  ".join(lines[:5]))
 
 
 class Unsayable(ValueError):

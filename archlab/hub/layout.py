@@ -14,7 +14,8 @@ from typing import NamedTuple
 import numpy as np
 from flax import nnx
 
-Box = tuple[slice, ...]  # a part of a tensor
+from archlab.hub.tensors import Box
+
 Window = tuple[tuple[int, int], ...]  # a part of a parameter: (start, stop) of each axis
 
 

@@ -53,11 +53,8 @@ def plan(family: Family, config, parameters: dict) -> dict[str, Stored]:
 
 def block_places(config, family: Family, blocks: Blocks) -> list[tuple[str, int | None]]:
     """For each block where it is: its module's path, and which copy of a `Repeat` (None outside one)."""
-    body = config
-    for name in blocks.body.split("/"):
-        body = getattr(body, name)
     found = []
-    for i, child in enumerate(body.layers):
+    for i, child in enumerate(getattr(config, blocks.body).layers):
         path = f"{blocks.body}/layers/{i}"
         if isinstance(child, Repeat):  # of a `Sequence` of blocks, as `stack` makes it
             found += [(f"{path}/unit/layers/{j}", copy) for copy in range(child.n) for j in range(len(child.unit.layers))]

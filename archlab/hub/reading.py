@@ -26,27 +26,23 @@ def read(wanted: dict[str, Stored], names: dict[str, str], tensors: Tensors, dty
     shapes = {path: pairs[0][1].shape for path, pairs in parts.items()}
     places = shardings or {}
 
-    arrays, jobs = {}, []  # {path: {window: array}}, all allocated before the first is filled
+    arrays = {}  # {path: {window: array}}, all allocated before the first is filled
+    targets: dict[str, list] = {}  # {name in the folder: what `scatter` shall do with it}
     for path, shape in shapes.items():
         kind = dtypes[path] or jnp.result_type(*(tensors.found[name].dtype for name, _ in parts[path]))
         arrays[path] = {}
         for window in _windows(shape, places.get(path), [part for _, part in parts[path]]):
             array = arrays[path][window] = aligned(tuple(stop - start for start, stop in window), jnp.dtype(kind))
             for name, part in parts[path]:
-                boxes = within(part, window)
-                if boxes:
+                if boxes := within(part, window):
                     local = part._replace(at={axis: n - window[axis][0] for axis, n in part.at.items()})
-                    jobs.append((name, boxes, flattened(array, local)))
-
-    def run(job):
-        name, boxes, view = job
-        for ours, theirs in boxes:
-            tensors.copy(name, theirs, view[ours])
+                    view = flattened(array, local)
+                    targets.setdefault(name, []).extend((theirs, view[ours]) for ours, theirs in boxes)
 
     tensors.open()
-    jobs.sort(key=lambda job: tensors.found[job[0]][:2])  # in the order of the files, as disks like it
+    in_order = sorted(targets, key=lambda name: tensors.found[name][:2])  # of the files, as disks like it
     with ThreadPoolExecutor(THREADS) as pool:
-        for _ in pool.map(run, jobs):
+        for _ in pool.map(lambda name: tensors.scatter(name, targets[name]), in_order):
             pass
     return {path: _to_jax(arrays.pop(path), shape, places.get(path)) for path, shape in shapes.items()}
 

@@ -26,6 +26,9 @@ DTYPES = {"F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dt
           "U32": np.dtype(np.uint32), "I8": np.dtype(np.int8), "U8": np.dtype(np.uint8), "BOOL": np.dtype(bool)}
 
 
+Box = tuple[slice, ...]  # a part of a tensor, as a slice of each dimension
+
+
 class Tensor(NamedTuple):
     """Where a tensor lies. dtype: None for a kind of number that cannot be read."""
 
@@ -59,21 +62,25 @@ class Tensors:
         for file in {tensor.file for tensor in self.found.values()} - set(self._open):
             self._open[file] = os.open(file, os.O_RDONLY)
 
-    def copy(self, name: str, theirs: tuple[slice, ...], ours: np.ndarray) -> None:
-        """Fills `ours` (a view of any strides) with the part `theirs` of a tensor, cast to its dtype."""
-        if not theirs:  # a single number
-            theirs, ours = (slice(0, 1),), ours[None]
-        tensor, (rows, *rest) = self.found[name], theirs
+    def scatter(self, name: str, targets: list[tuple[Box, np.ndarray]]) -> None:
+        """Reads a tensor once, and each box of it into its array (of the box's shape, any strides, any dtype)."""
+        tensor = self.found[name]
         width = math.prod(tensor.shape[1:])
         row_bytes = max(1, width * tensor.dtype.itemsize)
         step, tile = max(1, PIECE // row_bytes), max(64 // tensor.dtype.itemsize, TILE // row_bytes)
-        buffer = np.empty((min(step, rows.stop - rows.start), *tensor.shape[1:]), tensor.dtype)
-        for start in range(rows.start, rows.stop, step):
-            piece = buffer[:min(step, rows.stop - start)]
-            self._read(tensor, start * row_bytes, piece)
-            piece, place = piece[:, *rest], ours[start - rows.start:]
-            for row in range(0, len(piece), tile):
-                _move(piece[row:row + tile], place[row:row + tile][:len(piece) - row])
+        targets = [(box or (slice(0, 1),), array if box else array[None]) for box, array in targets]  # a single number
+        last = max(rows.stop for (rows, *_), _ in targets)
+        buffer = np.empty((min(step, last), *tensor.shape[1:]), tensor.dtype)
+        for start in range(min(rows.start for (rows, *_), _ in targets), last, step):
+            piece = buffer[:last - start]
+            stop = start + len(piece)
+            wanted = [(box, array) for box, array in targets if box[0].start < stop and box[0].stop > start]
+            if wanted:
+                self._read(tensor, start * row_bytes, piece)
+            for (rows, *rest), array in wanted:
+                for row in range(max(rows.start, start), min(rows.stop, stop), tile):
+                    end = min(row + tile, rows.stop, stop)
+                    _move(piece[row - start:end - start, *rest], array[row - rows.start:end - rows.start])
 
     def _read(self, tensor: Tensor, offset: int, into: np.ndarray) -> None:
         buffer, offset = memoryview(into.reshape(-1).view(np.uint8)), tensor.offset + offset
@@ -140,9 +147,11 @@ def _index(folder: Path) -> list[tuple[Path, list[str]]]:
 
 
 def _move(source: np.ndarray, target: np.ndarray) -> None:
-    """`target[...] = source`. bfloat16 goes as whole numbers, which NumPy moves faster, and for float32 shifted."""
-    if source.dtype == target.dtype and source.dtype.itemsize == 2:
+    """`target[...] = source`. bfloat16 moves as the whole numbers it is made of, several times as fast."""
+    if source.dtype == ml_dtypes.bfloat16 and target.dtype == ml_dtypes.bfloat16:
         target.view(np.uint16)[...] = source.view(np.uint16)
+    elif source.dtype == ml_dtypes.bfloat16 and target.dtype == np.float32:  # of which it is the upper half
+        target[...] = np.left_shift(source.view(np.uint16), 16, dtype=np.uint32).view(np.float32)
     else:
         target[...] = source
 
