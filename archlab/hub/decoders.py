@@ -3,11 +3,13 @@
 Each `read_...` has a `write_...` that is its inverse. A family takes those that fit and adds what is its own.
 """
 
+from collections.abc import Callable
+
 from archlab.attention.attention import Attention
 from archlab.attention.positions import Rotary
 from archlab.hub.family import each
 from archlab.hub.fields import Fields
-from archlab.hub.rope import read_rotary, write_rotary
+from archlab.hub.rope import FULL, SLIDING, read_rotary, write_rotary, write_rotary_by_type
 from archlab.layers.config import LayerConfig
 from archlab.layers.mlp import MLP
 from archlab.layers.repeat import stack
@@ -25,6 +27,9 @@ MLP_NAMES = {"layers/1/layer/{gate,up,down}{,_bias}": "mlp.{gate,up,down}_proj.{
 PRE_NORMS = {"layers/0/before/{scale,bias}": "input_layernorm.{weight,bias}",
              "layers/1/before/{scale,bias}": "post_attention_layernorm.{weight,bias}"}
 BLOCK = ATTENTION | MLP_NAMES | PRE_NORMS
+SANDWICH = ATTENTION | MLP_NAMES | {  # norms around the branches (Gemma 2), or only after them (OLMo 2)
+    "layers/0/{before,after}/scale": "{input,post_attention}_layernorm.weight",
+    "layers/1/{before,after}/scale": "{pre,post}_feedforward_layernorm.weight"}
 
 
 def read_sizes(f: Fields) -> dict:
@@ -41,13 +46,42 @@ def read_attention(f: Fields, **fields) -> Attention:
     return Attention(**sizes, positions=positions, **fields)
 
 
-def write_attention(config: LanguageModel) -> dict:
+def write_sizes(config: LanguageModel) -> dict:
     attentions = each(config, Attention)
     first = attentions[0]
-    size = first.head_size or config.width // first.heads
-    rotary = next((a.positions for a in attentions if isinstance(a.positions, Rotary)), None)
-    return {"num_attention_heads": first.heads, "num_key_value_heads": first.kv_heads or first.heads, "head_dim": size,
-            "num_hidden_layers": len(attentions), **(write_rotary(rotary, size) if rotary else {})}
+    return {"num_attention_heads": first.heads, "num_key_value_heads": first.kv_heads or first.heads,
+            "head_dim": first.head_size or config.width // first.heads, "num_hidden_layers": len(attentions)}
+
+
+def write_attention(config: LanguageModel) -> dict:
+    sizes = write_sizes(config)
+    rotary = next((a.positions for a in each(config, Attention) if isinstance(a.positions, Rotary)), None)
+    return {**sizes, **(write_rotary(rotary, sizes["head_dim"]) if rotary else {})}
+
+
+def read_windows(f: Fields, slides: Callable[[int], bool]) -> list[int | None]:
+    """The window of each layer, None where it sees everything. slides: whether layer i has `sliding_window`, where
+    `layer_types` is not written."""
+    layers, window = f.take("num_hidden_layers"), f.take("sliding_window")
+    types = f.take("layer_types", None) or [SLIDING if window and slides(i) else FULL for i in range(layers)]
+    if len(types) != layers or not set(types) <= {FULL, SLIDING}:
+        f.refuse(f"layer_types = {types}: must be {layers} times {FULL!r} or {SLIDING!r}, one for each layer")
+    elif SLIDING in types and not window:
+        f.refuse(f"layer_types has layers that slide, and sliding_window = {window}")
+    return [window if kind == SLIDING else None for kind in types]
+
+
+def write_windows(config: LanguageModel) -> dict:
+    windows = [attention.window for attention in each(config, Attention)]
+    return {"layer_types": [FULL if window is None else SLIDING for window in windows],
+            "sliding_window": next((window for window in windows if window is not None), None)}
+
+
+def write_attention_by_type(config: LanguageModel) -> dict:
+    """For families whose full and sliding layers have positions of their own."""
+    sizes = write_sizes(config)
+    positions = {FULL if a.window is None else SLIDING: a.positions for a in each(config, Attention)}
+    return {**sizes, **write_windows(config), **write_rotary_by_type(positions, sizes["head_dim"])}
 
 
 def read_mlp(f: Fields, gated: bool = True, bias: bool = False, activation: str = "hidden_act") -> MLP:

@@ -19,32 +19,50 @@ SCALINGS = {  # rope_type: (ours, {our field: theirs})
     "llama3": (Llama3Scaling, {"factor": "factor", "low": "low_freq_factor", "high": "high_freq_factor",
                                "original": ORIGINAL}),
 }
-OLDER = {"su": "longrope"}
+FULL, SLIDING = "full_attention", "sliding_attention"  # the types of layers
 
 
-def read_rotary(fields: Fields, head_size: int, *, base: float = 10000.0, share: float = 1.0, interleaved: bool = False,
-                layer: str | None = None) -> Rotary:
+def read_rotary(fields: Fields, head_size: int, *, base: float = 10000.0, share: float | None = None,
+                interleaved: bool = False) -> Rotary:
     """The rotary positions of heads of `head_size` channels.
 
-    Args: base, share: of the family, where config.json gives none. layer: which type of layer ("sliding_attention"),
-      where there may be positions for each.
+    Args: base: of the family, where config.json gives none. share: likewise, the part of the channels that is turned;
+      None for families that always turn all (transformers does not look at the field there).
     """
     fields.take("rope_parameters", None)
     rope = fields.inside("rope_scaling" if "rope_scaling" in fields else "rope_parameters")
-    if layer in rope.values:
-        rope = rope.inside(layer)
-    first = lambda name, default: rope.take(name, fields.take(name, default))
-    base, share = first("rope_theta", base), first("partial_rotary_factor", share)
-    size = int(head_size * share)
+    return _read(fields, rope, head_size, fields.take("rope_theta", base), share, interleaved)
+
+
+def read_rotary_by_type(fields: Fields, head_size: int, *, full: float, sliding: float) -> dict[str, Rotary]:
+    """{type of layer: its positions}. full, sliding: the bases where none is written.
+
+    In the older spelling `rope_theta` and `rope_scaling` are about the full layers alone.
+    """
+    both = fields.inside("rope_parameters")
+    older = "rope_scaling" in fields
+    return {FULL: _read(fields, fields.inside("rope_scaling") if older else both.inside(FULL), head_size,
+                        fields.take("rope_theta", full)),
+            SLIDING: _read(fields, both.inside(SLIDING), head_size, sliding)}
+
+
+def _read(fields: Fields, rope: Fields, head_size: int, base: float, share: float | None = None,
+          interleaved: bool = False) -> Rotary:
+    base = rope.take("rope_theta", base)
+    turned = rope.take("partial_rotary_factor", fields.take("partial_rotary_factor", share or 1.0))
+    if share is None and turned != 1:
+        fields.refuse(f"partial_rotary_factor = {turned} is not supported: this family turns all channels")
+    size = int(head_size * turned)
     if size % 2:
-        fields.refuse(f"partial_rotary_factor = {share}: turns {size} of {head_size} channels, an odd number")
+        fields.refuse(f"partial_rotary_factor = {turned}: turns {size} of {head_size} channels, an odd number")
         size += 1
     return Rotary(float(base), None if size == head_size else size, interleaved, _read_scaling(fields, rope))
 
 
 def _read_scaling(fields: Fields, rope: Fields):
     kind = rope.take("rope_type", rope.take("type", None)) or "default"
-    kind = OLDER.get(kind, kind)
+    if kind in ("su", "yarn") and "long_factor" in rope:  # early Phi 3
+        kind = "longrope"
     if kind == "default":
         return None
     if kind not in SCALINGS:
@@ -80,3 +98,11 @@ def write_rotary(rotary: Rotary, head_size: int) -> dict:
         values |= {ORIGINAL: original, "max_position_embeddings": round(original * rotary.scaling.factor)}
     turned = {name: values[name] for name in ("rope_theta", "partial_rotary_factor") if name in values}
     return {**values, "rope_parameters": {**scaling, **turned}, "rope_scaling": scaling}
+
+
+def write_rotary_by_type(positions: dict[str, Rotary], head_size: int) -> dict:
+    """The fields of config.json that say positions for each type of layer; the older spelling cannot."""
+    written = {kind: write_rotary(rotary, head_size) for kind, rotary in positions.items()}
+    longest = {"max_position_embeddings": fields["max_position_embeddings"] for fields in written.values()
+               if "max_position_embeddings" in fields}
+    return {**longest, "rope_parameters": {kind: fields["rope_parameters"] for kind, fields in written.items()}}
