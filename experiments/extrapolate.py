@@ -3,16 +3,21 @@
     python -m experiments.extrapolate --out=runs/extrapolate
 
 One model per kind is trained at 256 tokens: none (NoPE), learned, sinusoidal, rope, xpos, alibi, t5. The scalings of
-RoPE are not trained: linear, ntk, dynamic and yarn are the weights of `rope` under another config, the first, second
-and fourth with factor 16 at every length, `dynamic` by the length of the text. Learned positions have 4096 rows, of
-which training meets 256: the others are as they were drawn. All read the same text in the same order, one seed each.
+RoPE are not trained: linear, ntk, dynamic and yarn are the weights of `rope` under another config. Linear, ntk and yarn
+have the factor 16 at every length; dynamic, with the usual factor of 2, goes by the length of the text. Learned
+positions have 4096 rows, of which training meets 256: the others are as they were drawn. All read the same text in the
+same order, one seed each.
 
 Prints bits per byte by length of the text, and by place in the longest; leaves results.csv, four figures and each run's
 folder under --out. Called again it trains only what is missing.
 
-Expected: at 256 tokens all but `none` are close. Beyond it learned, sinusoidal and plain rope break, rope at once;
-alibi holds at every length, and ntk, dynamic and yarn hold what rope loses, better than linear, which must be trained
-further to be of use (Press et al. 2021, figure 1; Peng et al. 2023, table 1). Cost: COST.
+Expected (Press et al. 2021, arXiv:2108.12409, section 2.2; Peng et al. 2023, arXiv:2309.00071): at 256 tokens all that
+were trained are close, `none` a little behind. On longer texts alibi holds, as far as we look. Learned, sinusoidal and
+plain rope break at once; t5 and xpos fall behind more slowly. Without any training at its length yarn holds what rope
+loses up to 16 times the length, ntk up to about a quarter of its factor, and dynamic does so at no loss on short texts;
+linear is of no use before it is trained further.
+Cost: seven trainings of 2.9 M bytes (0.6 M parameters) and eleven readings of 0.3 M. One training took five minutes on
+four CPU cores that did much else.
 """
 
 import dataclasses
@@ -74,7 +79,7 @@ def model(method: str, preset: Preset):
     positions = {
         "rope": Rotary(), "xpos": XPos(), "alibi": ALiBi(), "t5": RelativePositions(),
         "linear": Rotary(scaling=LinearScaling(factor)), "ntk": Rotary(scaling=NTKScaling(factor)),
-        "dynamic": Rotary(scaling=DynamicNTK(1.0, original=preset.context)),
+        "dynamic": Rotary(scaling=DynamicNTK(2.0, original=preset.context)),
         "yarn": Rotary(scaling=YaRN(factor, original=preset.context)),
     }
     before = {"learned": [LearnedPositions(preset.longest)], "t5": [RelativeBias(preset.heads)],
@@ -153,8 +158,10 @@ def main() -> None:
     from archlab.training.loop import Run, train
 
     unknown = [method for method in FLAGS.methods if method not in METHODS]
-    if unknown or not FLAGS.methods:
-        raise ValueError(f"--methods={','.join(FLAGS.methods)}: {near(unknown[0] if unknown else '', METHODS)}")
+    if unknown:
+        raise ValueError(f"--methods has {unknown[0]!r}: {near(unknown[0], METHODS)}")
+    if not FLAGS.methods:
+        raise ValueError(f"--methods is empty: give some of {', '.join(METHODS)}")
     preset, out = PRESETS[FLAGS.preset], Path(FLAGS.out)
     corpus, tokenizer = load_corpus(FLAGS.data), tokenizer_from("bytes", None)
     trained, rows = {}, []
