@@ -52,7 +52,8 @@ class PerformerModule(LinearAttentionModule):
     def __init__(self, form: Performer, rngs: nnx.Rngs, at: Place):
         super().__init__(form, rngs, at)
         K = self.key.shape[-1]
-        self.directions = nnx.Variable(orthogonal_directions(rngs.params(), form.features or max(1, int(K * math.log(K))), K))
+        N = form.features or max(1, int(K * math.log(K)))
+        self.directions = nnx.Variable(orthogonal_directions(rngs.params(), N, K))
 
     @property
     def feature_count(self) -> int:

@@ -1,4 +1,4 @@
-"""Sparse attention: every token sees its document's first tokens, those near it and, in BigBird, a few blocks by chance.
+"""Sparse attention: a token sees its document's first tokens, those near it and, in BigBird, a few blocks by chance.
 
 Longformer: Beltagy et al. 2020 (arXiv:2004.05150), section 3.1; BigBird: Zaheer et al. 2020 (arXiv:2007.14062),
 section 2 and appendix D. Both are published as encoders that see both ways; these are their causal forms, for language

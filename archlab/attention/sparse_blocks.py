@@ -124,12 +124,13 @@ def attend_seen(q: Float[Array, "B N T G R K"], k: Float[Array, "B N C G K"], v:
                 seen: Bool[Array, "B N T C"]) -> Float[Array, "B N T G R K"]:
     """Attention within each of N blocks, with all its scores at once; what sees nothing gets 0."""
     dtype = wide(q).dtype
-    scores = jnp.einsum("BNTGRK,BNCGK->BNGRTC", q * q.shape[-1] ** -0.5, k.astype(q.dtype), preferred_element_type=dtype)
+    q, k, v = q * q.shape[-1] ** -0.5, k.astype(q.dtype), v.astype(q.dtype)
+    scores = jnp.einsum("BNTGRK,BNCGK->BNGRTC", q, k, preferred_element_type=dtype)
     scores = jnp.where(seen[:, :, None, None], scores, -jnp.inf)
     top = jnp.maximum(scores.max(-1, keepdims=True), jnp.finfo(dtype).min)
     weights = jnp.exp(scores - jax.lax.stop_gradient(top))
     weights = weights / jnp.maximum(weights.sum(-1, keepdims=True), jnp.finfo(dtype).tiny)
-    out = jnp.einsum("BNGRTC,BNCGK->BNTGRK", weights.astype(q.dtype), v.astype(q.dtype), preferred_element_type=dtype)
+    out = jnp.einsum("BNGRTC,BNCGK->BNTGRK", weights.astype(q.dtype), v, preferred_element_type=dtype)
     return out.astype(q.dtype)
 
 

@@ -11,7 +11,7 @@ from archlab.model import LanguageModel
 
 def linear_transformer(width: int, depth: int, heads: int, hidden: int, vocab: int = 256,
                        **attention) -> LanguageModel:
-    """Sinusoids on the embedding, `depth` blocks of linear attention and MLP; `attention`: fields of `LinearAttention`."""
+    """Sinusoids, `depth` blocks of linear attention and MLP; `attention` takes the fields of `LinearAttention`."""
     block = Sequence(Residual(LinearAttention(heads, **attention)), Residual(MLP(hidden)))
     body = Sequence(SinusoidalPositions(), Repeat(block, depth))
     return LanguageModel(vocab, width, body, embedding_scale=width**0.5)

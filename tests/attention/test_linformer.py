@@ -49,7 +49,8 @@ def causal_reference(form, module, x, segments, positions):
 
 
 @pytest.mark.parametrize("form", [
-    CausalLinformer(4, positions=None, block=3, rank=2), CausalLinformer(2, kv_heads=1, positions=None, block=40, rank=5),
+    CausalLinformer(4, positions=None, block=3, rank=2),
+    CausalLinformer(2, kv_heads=1, positions=None, block=40, rank=5),
     CausalLinformer(2, positions=None, block=1, rank=1), CausalLinformer(2, positions=None, block=8, rank=3),
 ], ids=str)
 def test_causal_linformer_is_its_definition(float64, form):
@@ -63,7 +64,7 @@ def test_causal_linformer_is_its_definition(float64, form):
 
 
 def test_linformer_is_the_papers(float64):
-    """softmax(q (E K)^T / sqrt(K)) F V: every token sees all of the text, and what is behind its end counts for nothing."""
+    """softmax(q (E K)^T / sqrt(K)) F V: a token sees all of the text, and what is behind its end counts for nothing."""
     form = Linformer(4, kv_heads=2, length=40, rank=6)
     module, lengths = made(form), (30, 11)
     x = np.random.default_rng(0).normal(size=(2, T, D))
