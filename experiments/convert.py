@@ -10,6 +10,7 @@ transformers is installed (pip install archlab[interop]), there too; it runs bot
 largest difference of the logits beside their size, and fails above 1e-3 of it.
 """
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -29,18 +30,24 @@ common.define_code()
 
 COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "vocab.json",
               "merges.txt", "generation_config.json", "chat_template.jinja")
-ROWS, TOKENS, TOLERANCE = 2, 64, 1e-3
+KEPT = ("model_type", "max_position_embeddings", "bos_token_id", "decoder_start_token_id", "eos_token_id", "pad_token_id")
+ROWS, LENGTH, TOLERANCE = 2, 64, 1e-3
 
 
 def main() -> None:
     import archlab
+    from archlab import hub
     from archlab.analysis.accounts import count_parameters
 
     source, target = Path(FLAGS["from"].value), Path(FLAGS.to)
     if source.resolve() == target.resolve():
         raise ValueError(f"--to={target} is the folder that is read: give another")
     model = common.load_checkpoint(source, dtype=FLAGS.dtype)
-    archlab.save(model, target, format=FLAGS.format)
+    if FLAGS.format == "huggingface":
+        fields = json.loads((source / "config.json").read_text()) if hub.is_huggingface(source) else {}
+        hub.save(model, target, {name: fields[name] for name in KEPT if fields.get(name) is not None})
+    else:
+        archlab.save(model, target)
     for name in COMPANIONS:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
@@ -50,19 +57,23 @@ def main() -> None:
 
 
 def check(model, source: Path, target: Path) -> None:
-    """Prints how far the logits of what was written are from those of what was read, here and in transformers.
-    ValueError where that is too far."""
+    """Prints how far the logits of what was written are from those of `model`, here and in transformers, and those of
+    the source where its weights were kept as they were. ValueError where that is too far."""
     import numpy as np
 
     from archlab.hub import is_huggingface
     from archlab.hub.family import each
     from archlab.layers.positions import LearnedPositions
+    from archlab.layers.weights import merge, split
 
-    longest = min([TOKENS, *(positions.length for positions in each(model.config, LearnedPositions))])
+    structure, params, rest = split(model)
+    model = merge(structure, {path: array.astype("float32") for path, array in params.items()}, rest)
+    longest = min([LENGTH, *(positions.length for positions in each(model.config, LearnedPositions))])
     ids = np.random.default_rng(0).integers(0, model.config.vocab, (ROWS, longest))
-    wanted, said = _by_archlab(source, ids), {f"{target} in archlab": _by_archlab(target, ids)}
-    for folder in filter(is_huggingface, (source, target)):
-        if (logits := _by_transformers(folder, ids)) is not None:
+    wanted = _by_archlab(model, ids)
+    said = {f"{target} in archlab": _by_archlab(common.load_checkpoint(target, dtype="float32"), ids)}
+    for folder in [target] if FLAGS.dtype else [source, target]:
+        if is_huggingface(folder) and (logits := _by_transformers(folder, ids)) is not None:
             said[f"{folder} in transformers"] = logits
     size, failed = np.abs(wanted).max(), []
     for name, logits in said.items():
@@ -70,13 +81,12 @@ def check(model, source: Path, target: Path) -> None:
         print(f"{name}: the largest difference of logits is {difference:.1e} of the largest, {size:.3g}")
         failed += [] if difference <= TOLERANCE else [name]
     if failed:
-        raise ValueError(f"--check: the logits of {', '.join(failed)} are not those of {source} within {TOLERANCE:g}")
+        raise ValueError(f"--check: the logits of {', '.join(failed)} are not those of the model within {TOLERANCE:g}")
 
 
-def _by_archlab(folder: Path, ids):
+def _by_archlab(model, ids):
     import numpy as np
 
-    model = common.load_checkpoint(folder, dtype="float32")
     memory = model.encode(ids)[0] if hasattr(model, "encode") else None
     return np.asarray(model(ids, memory=memory).logits)
 
@@ -88,6 +98,8 @@ def _by_transformers(folder: Path, ids):
     except ImportError as error:
         print(f"{folder} is not compared with transformers: {error}", file=sys.stderr)
         return None
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     # sdpa, because the eager form adds Falcon's ALiBi twice
     kind = transformers.AutoModelForSeq2SeqLM if transformers.AutoConfig.from_pretrained(folder).is_encoder_decoder else (
         transformers.AutoModelForCausalLM)

@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from archlab.hub.family import describe, family_of
+from archlab.hub.fields import HARMLESS
 from archlab.hub.layout import Part, flattened
 from archlab.hub.plan import compare, leaves, plan
 from archlab.hub.reading import read
@@ -62,13 +63,18 @@ def load(folder: str | Path, dtype=None, mesh=None) -> Model:
     return merge(split(model)[0], arrays)
 
 
-def save(model: Model, folder: str | Path, shard: int = SHARD) -> None:
+def save(model: Model, folder: str | Path, fields: dict | None = None, shard: int = SHARD) -> None:
     """Writes a model as a checkpoint folder that transformers can load, whole or not at all.
 
-    Args: shard: bytes of a file of weights, beyond which there are several, and an index.
+    Args: fields: more of config.json that says nothing about what the model computes, such as {"eos_token_id": 2};
+      {"model_type": "mistral"} chooses the family where several could say the same.
+      shard: bytes of a file of weights, beyond which there are several, and an index.
     Raises: ValueError where no family can say all of the model's config, naming what stands in the way of the nearest.
     """
-    family, values = describe(model.config)
+    fields = fields or {}
+    if meaningful := sorted(set(fields) - HARMLESS):
+        raise ValueError(f"fields = {meaningful}: what the model computes is for its config to say")
+    family, values = describe(model.config, fields.get("model_type"))
     config = family.config(values)
     parameters = split(model)[1]
     if set(parameters) != set(_abstract_parameters(model.config)):
@@ -88,6 +94,7 @@ def save(model: Model, folder: str | Path, shard: int = SHARD) -> None:
         return tensor
 
     kinds = {str(a.dtype) for a in parameters.values()}
+    values = fields | values
     values["dtype"] = values["torch_dtype"] = str(parameters["embed/table"].dtype) if len(kinds) > 1 else kinds.pop()
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

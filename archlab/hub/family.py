@@ -100,17 +100,23 @@ def family_of(model_type: str) -> Family:
     return found[model_type]
 
 
-def describe(config: LanguageModel) -> tuple[Family, dict]:
-    """The family that can say all of a config, in the fewest fields where several can; and the fields of its
-    config.json. ValueError names what stands in the way of the nearest one."""
+def describe(config: LanguageModel, model_type: str | None = None) -> tuple[Family, dict]:
+    """The family that can say all of a config, and the fields of its config.json.
+
+    Args: model_type: which family; None for Llama where it is one of several, or else that which needs the fewest fields.
+    Raises: ValueError naming what stands in the way of the nearest.
+    """
     found, obstacles = [], []
-    for family in {id(family): family for family in all_families().values()}.values():
+    some = all_families().values() if model_type is None else [family_of(model_type)]
+    for family in {id(family): family for family in some}.values():
         try:
-            found.append((family, family.fields(config)))
+            values = family.fields(config)
+            found.append((values["model_type"] != "llama", len(values), family.model_types[0], values))
         except Unsayable as obstacle:
             obstacles.append((obstacle.distance, family.model_types[0], obstacle.lines))
     if found:
-        return min(found, key=lambda pair: len(pair[1]))
+        *_, name, values = min(found)
+        return family_of(name), values
     _, name, lines = min(obstacles)
     raise ValueError(f"no family of Hugging Face checkpoints has this architecture; the nearest is {name}:\n  "
                      + "\n  ".join(lines[:5]))

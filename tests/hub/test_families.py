@@ -13,6 +13,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import archlab
+from archlab import hub
 from archlab.hub.family import all_families, each, family_of
 from archlab.layers.mlp import MLP
 from archlab.layers.weights import merge, split
@@ -106,7 +107,7 @@ def test_transformers_reads_what_is_exported(name, tmp_path):
     if "source" in expected:
         pytest.skip("an encoder and a decoder")
     archlab.save(model, tmp_path, format="huggingface")
-    theirs, said = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="sdpa",
+    theirs, said = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="sdpa" if name == "falcon-alibi" else "eager",
                                                                      output_loading_info=True)
     assert not said["missing_keys"] and not said["unexpected_keys"] and not said["mismatched_keys"]
     with torch.no_grad():
@@ -145,6 +146,17 @@ def test_what_no_family_has_is_not_exported(tmp_path):
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="did you mean huggingface"):
         archlab.save(config.build(nnx.Rngs(0)), tmp_path / "out", format="hugingface")
+
+
+def test_a_family_and_fields_that_compute_nothing_are_chosen_by_the_caller(tmp_path):
+    model = archlab.load(LLAMA)
+    hub.save(model, tmp_path, {"eos_token_id": 7, "model_type": "llama", "max_position_embeddings": 99})
+    values = json.loads((tmp_path / "config.json").read_text())
+    assert (values["eos_token_id"], values["model_type"], values["max_position_embeddings"]) == (7, "llama", 99)
+    with pytest.raises(ValueError, match=r"fields = \['hidden_size'\]"):
+        hub.save(model, tmp_path, {"hidden_size": 7})
+    with pytest.raises(ValueError, match="nearest is gpt2"):
+        hub.save(model, tmp_path, {"model_type": "gpt2"})
 
 
 def changed(folder: Path, fields: dict = {}, tensors: dict = {}) -> Path:
