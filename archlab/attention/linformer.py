@@ -10,7 +10,7 @@ tokens exactly, up to itself, and each earlier block, full by then, through r su
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from archlab.attention.heads import HeadsConfig, HeadsModule
 from archlab.attention.positions import Positions
@@ -18,7 +18,7 @@ from archlab.attention.rules import Places
 from archlab.attention.sparse_blocks import attend_seen, take
 from archlab.layers.alphabet import parameter, project
 from archlab.layers.config import require
-from archlab.layers.contract import Aux, Place, Tokens, pytree
+from archlab.layers.contract import Aux, Place, Tokens, count_positions, pytree
 
 
 class Linformer(HeadsConfig):
@@ -88,7 +88,8 @@ class LinformerModule(HeadsModule):
 class CausalLinformer(HeadsConfig):
     """The causal form. block: c. rank: r. E and F, of r x c, are shared by all heads and blocks.
 
-    Blocks count from the document's start. Positions are those of `Attention`: a sum is of turned keys.
+    Blocks count from the document's start, and only tokens that reach the layer: behind a router those are not all.
+    Positions are those of `Attention`: a sum is of turned keys.
     """
 
     block: int = 128
@@ -110,12 +111,15 @@ class CausalLinformer(HeadsConfig):
 @pytree
 class LinformerState:
     """Of each row's last document: sums of keys and values of its full blocks [B, N, r, G, K], block n in slot n; and
-    the keys and values of the block it is in [B, c, G, K]."""
+    the keys and values of the block it is in [B, c, G, K]. segment [B]: that document; length [B]: how many tokens it
+    has had."""
 
     key_sums: Float[Array, "B N M G K"]
     value_sums: Float[Array, "B N M G K"]
     keys: Float[Array, "B C G K"]
     values: Float[Array, "B C G K"]
+    segment: Int[Array, "B"]
+    length: Int[Array, "B"]
 
 
 class CausalLinformerModule(HeadsModule):
@@ -129,13 +133,16 @@ class CausalLinformerModule(HeadsModule):
     def init_state(self, batch, max_length, dtype=jnp.float32, memory=None):
         (_, G, K), (c, r) = self.key.shape, self.key_sums.shape
         zeros = lambda *shape: jnp.zeros((batch, *shape, G, K), dtype)
-        return LinformerState(zeros(max_length // c, r), zeros(max_length // c, r), zeros(c), zeros(c))
+        numbers = lambda: jnp.zeros((batch,), jnp.int32)
+        return LinformerState(zeros(max_length // c, r), zeros(max_length // c, r), zeros(c), zeros(c), numbers(),
+                              numbers())
 
     def __call__(self, x, tokens: Tokens, state: LinformerState | None = None):
         q, k, v = (jnp.swapaxes(a, 1, 2) for a in self.heads(x, tokens))
         B, T, G, K = k.shape
         c, past = self.form.block, self.init_state(B, 0, x.dtype) if state is None else state
-        queries, begun = Places(tokens.segments, tokens.positions), tokens.positions[:, :1]  # tokens before the piece
+        positions, *now = count_positions(tokens.segments, past.segment, past.length)
+        queries, begun = Places(tokens.segments, positions), positions[:, :1]  # begun: tokens before the piece
 
         # The line of keys: the block that the first token may stand in the middle of, then the piece.
         slots = jnp.arange(c)
@@ -144,14 +151,14 @@ class CausalLinformerModule(HeadsModule):
         line, places = [join(past.keys, k), join(past.values, v)], Places(*map(join, before, queries))
 
         # Blocks that end in the piece, and their sums, behind those that ended before it.
-        ends = jnp.where(tokens.real & (tokens.positions % c == c - 1), jnp.arange(T), T)
+        ends = jnp.where(tokens.real & (positions % c == c - 1), jnp.arange(T), T)
         ends = jnp.sort(ends, 1)[:, : -(-T // c)]
         at_end = lambda a: jnp.where(ends < T, jnp.take_along_axis(a, jnp.minimum(ends, T - 1), 1), 0)
         rows = ends[..., None] - (c - 1) + slots
         rows = jnp.where(rows >= 0, c + rows, slots)  # those before the piece stand in their slots
         sum_up = lambda a, weight: jnp.einsum("BNCGK,CM->BNMGK", take(a, rows), weight[...].astype(a.dtype))
         new = [sum_up(line[0], self.key_sums), sum_up(line[1], self.value_sums)]
-        full = Places(at_end(tokens.segments), at_end(tokens.positions) // c)  # of these, places count blocks
+        full = Places(at_end(tokens.segments), at_end(positions) // c)  # of these, places count blocks
         known = jnp.arange(past.key_sums.shape[1])
         sums = [join(past.key_sums, new[0]), join(past.value_sums, new[1])]
         summed = Places(join(jnp.where(known < begun // c, tokens.segments[:, :1], 0), full.segments),
@@ -159,7 +166,7 @@ class CausalLinformerModule(HeadsModule):
 
         y = self._attend(q.reshape(B, T, G, -1, K), queries, line, places, sums, summed)
         if state is not None:
-            state = self._write(state, k, v, new, full, tokens)
+            state = LinformerState(*self._write(state, k, v, queries, new, full), *now)
         return project(y.reshape(q.shape), self.out, "BTHK,HKD->BTD"), state, Aux()
 
     def _attend(self, q, queries: Places, line, places: Places, sums, summed: Places):
@@ -190,14 +197,14 @@ class CausalLinformerModule(HeadsModule):
         y = jax.lax.map(jax.checkpoint(one), steps)
         return jnp.moveaxis(y, 0, 1).reshape(q.shape[0], count * c, *q.shape[2:])[:, :T]
 
-    def _write(self, state: LinformerState, k, v, new, full: Places, tokens: Tokens) -> LinformerState:
-        """The state with a piece's last document in it."""
-        c, count = self.form.block, state.key_sums.shape[1]
-        end = jnp.maximum(tokens.real.sum(1, keepdims=True) - 1, 0)
-        segment, place = (jnp.take_along_axis(a, end, 1) for a in (tokens.segments, tokens.positions))
-        kept = tokens.real & (tokens.segments == segment) & (tokens.positions // c == place // c)
-        slot = jnp.where(kept, tokens.positions % c, c)  # an index past the end is dropped
-        block = jnp.where((full.segments == segment) & (segment > 0), full.positions, count)
+    def _write(self, state: LinformerState, k, v, queries: Places, new, full: Places):
+        """The state's sums, keys and values with those of a piece's last document in them."""
+        c, (segments, positions) = self.form.block, queries
+        end = jnp.maximum((segments > 0).sum(1, keepdims=True) - 1, 0)
+        segment, position = (jnp.take_along_axis(a, end, 1) for a in queries)
+        kept = (segments > 0) & (segments == segment) & (positions // c == position // c)
+        slot = jnp.where(kept, positions % c, c)  # an index past the end is dropped
+        block = jnp.where((full.segments == segment) & (segment > 0), full.positions, state.key_sums.shape[1])
         put = lambda store, at, new: store.at[jnp.arange(len(k))[:, None], at].set(new.astype(store.dtype), mode="drop")
-        return LinformerState(put(state.key_sums, block, new[0]), put(state.value_sums, block, new[1]),
-                              put(state.keys, slot, k), put(state.values, slot, v))
+        return (put(state.key_sums, block, new[0]), put(state.value_sums, block, new[1]),
+                put(state.keys, slot, k), put(state.values, slot, v))

@@ -16,7 +16,7 @@ from archlab.attention.rules import Places
 from archlab.attention.sparse_blocks import attend_sparse
 from archlab.layers.alphabet import project
 from archlab.layers.config import require
-from archlab.layers.contract import Aux, Place, Tokens, pytree
+from archlab.layers.contract import Aux, Place, Tokens, count_positions, pytree
 from archlab.layers.sharding import per_shard
 
 
@@ -24,7 +24,8 @@ class SparseAttention(HeadsConfig):
     """Base of the patterns (`sparse_blocks.Pattern`). A decode step reads only what the pattern names.
 
     pinned: how many of a document's first tokens are always seen. reach: how many places back, itself included, the
-    rest of what a token sees may lie; None for any. With a reach the cache is a ring behind the pinned tokens.
+    rest of what a token sees may lie; None for any. With a reach the cache is a ring behind the pinned tokens. Places
+    are counted by the layer, among the tokens that reach it: behind a router those are not all of the document's.
     """
 
     @property
@@ -129,10 +130,13 @@ class BigBird(SparseAttention):
 
 @pytree
 class SparseState:
-    """Keys and values [B, S, G, K] of each row's last document, at `SparseAttention.slot` of their places."""
+    """keys, values: of each row's last document, at `SparseAttention.slot` of their places. segment [B]: that document;
+    length [B]: how many tokens it has had."""
 
     keys: Float[Array, "B S G K"]
     values: Float[Array, "B S G K"]
+    segment: Int[Array, "B"]
+    length: Int[Array, "B"]
 
 
 class SparseAttentionModule(HeadsModule):
@@ -146,35 +150,39 @@ class SparseAttentionModule(HeadsModule):
         form, (_, G, K) = self.form, self.key.shape
         slots = max_length if form.reach is None else min(max_length, form.pinned + form.reach)
         store = lambda: jnp.zeros((batch, slots, G, K), dtype)
-        return SparseState(store(), store())
+        numbers = lambda: jnp.zeros((batch,), jnp.int32)
+        return SparseState(store(), store(), numbers(), numbers())
 
     def __call__(self, x, tokens: Tokens, state: SparseState | None = None):
         q, k, v = (jnp.swapaxes(a, 1, 2) for a in self.heads(x, tokens))
         B, T, G, K = k.shape
+        none = jnp.zeros((B,), jnp.int32)
+        past = (none, none) if state is None else (state.segment, state.length)
+        places, *now = count_positions(tokens.segments, *past)
         keys, values, slots = k, v, 0
         if state is not None:
-            old, state = state, self._write(state, k, v, tokens)
+            old, state = state, SparseState(*self._write(state, k, v, Places(tokens.segments, places)), *now)
             keys, values, slots = state.keys, state.values, None
             if T > 1:  # the piece's last tokens may stand where its first ones look
                 keys, values = (jnp.concatenate([a.astype(x.dtype), b], 1) for a, b in ((old.keys, k), (old.values, v)))
                 slots = old.keys.shape[1]
 
-        def run(q, k, v, segments, positions, layer):
-            return attend_sparse(self.form, slots, q, k, v, Places(segments, positions), layer)
+        def run(q, k, v, segments, places, layer):
+            return attend_sparse(self.form, slots, q, k, v, Places(segments, places), layer)
 
         run = per_shard(run, "BTG.K BTGK BTGK BT BT .", "BTG.K")
-        y = run(q.reshape(B, T, G, -1, K), keys, values, tokens.segments, tokens.positions, self.layer[...])
+        y = run(q.reshape(B, T, G, -1, K), keys, values, tokens.segments, places, self.layer[...])
         return project(y.reshape(q.shape), self.out, "BTHK,HKD->BTD"), state, Aux()
 
-    def _write(self, state: SparseState, k, v, tokens: Tokens) -> SparseState:
-        """The state with a piece's last document in it; in a ring, the last of its tokens."""
+    def _write(self, state: SparseState, k, v, new: Places):
+        """The state's keys and values with a piece's last document in them; in a ring, the last of its tokens."""
         form, slots = self.form, state.keys.shape[1]
-        end = jnp.maximum(tokens.real.sum(1, keepdims=True) - 1, 0)
-        last = Places(*(jnp.take_along_axis(a, end, 1) for a in (tokens.segments, tokens.positions)))
-        kept = tokens.real & (tokens.segments == last.segments)
+        end = jnp.maximum((new.segments > 0).sum(1, keepdims=True) - 1, 0)
+        last = Places(*(jnp.take_along_axis(a, end, 1) for a in new))
+        kept = (new.segments > 0) & (new.segments == last.segments)
         if form.reach is not None:
-            kept &= (tokens.positions < form.pinned) | (last.positions - tokens.positions < form.reach)
-        slot = jnp.where(kept, form.slot(tokens.positions), slots)  # an index past the end is dropped
+            kept &= (new.positions < form.pinned) | (last.positions - new.positions < form.reach)
+        slot = jnp.where(kept, form.slot(new.positions), slots)  # an index past the end is dropped
         row = jnp.arange(k.shape[0])[:, None]
         put = lambda store, new: store.at[row, slot].set(new.astype(store.dtype), mode="drop")
-        return SparseState(put(state.keys, k), put(state.values, v))
+        return put(state.keys, k), put(state.values, v)

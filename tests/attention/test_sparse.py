@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from archlab.analysis.flops import count
+from archlab.attention.positions import ALiBi
 from archlab.attention.sparse import BigBird, Longformer
 from archlab.layers.alphabet import parameters_of
 from archlab.layers.contract import Place
@@ -163,6 +164,16 @@ def test_bad_fields_are_named():
                         (lambda: BigBird(3).check(16), "heads = 3")]:
         with pytest.raises(ValueError, match=words):
             make()
-    from archlab.attention.positions import ALiBi
     with pytest.raises(ValueError, match="BigBird.positions = ALiBi"):
         BigBird(2, positions=ALiBi())
+
+
+def test_places_are_counted_among_the_tokens_that_come():
+    """Behind a router positions have gaps; the pattern is over the tokens that are there."""
+    module = made(BigBird(2, block=2, window=1, globals=1, random=1, positions=None))
+    tokens, x = tokens_of(SEGMENTS), jax.random.normal(jax.random.key(0), (2, T, D))
+    gaps = type(tokens)(tokens.segments, 3 * tokens.positions + 1)
+    run = jax.jit(lambda x, tokens, state=None: module(x, tokens, state))
+    np.testing.assert_array_equal(run(x, gaps)[0], run(x, tokens)[0])
+    got = in_pieces(run, module.init_state(2, T), x, gaps, (7, 1, 22))
+    np.testing.assert_allclose(np.where(SEGMENTS[..., None] > 0, got - run(x, tokens)[0], 0), 0, atol=1e-5)
