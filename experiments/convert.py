@@ -30,7 +30,8 @@ common.define_code()
 
 COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "vocab.json",
               "merges.txt", "generation_config.json", "chat_template.jinja")
-KEPT = ("model_type", "max_position_embeddings", "bos_token_id", "decoder_start_token_id", "eos_token_id", "pad_token_id")
+KEPT = ("model_type", "max_position_embeddings", "bos_token_id", "decoder_start_token_id", "eos_token_id",
+        "pad_token_id")
 ROWS, LENGTH, TOLERANCE = 2, 64, 1e-3
 
 
@@ -100,14 +101,13 @@ def _by_transformers(folder: Path, ids):
         return None
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    both = transformers.AutoConfig.from_pretrained(folder).is_encoder_decoder
+    kind = transformers.AutoModelForSeq2SeqLM if both else transformers.AutoModelForCausalLM
     # sdpa, because the eager form adds Falcon's ALiBi twice
-    kind = transformers.AutoModelForSeq2SeqLM if transformers.AutoConfig.from_pretrained(folder).is_encoder_decoder else (
-        transformers.AutoModelForCausalLM)
     model = kind.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
     ids = torch.tensor(ids)
-    both = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
     with torch.no_grad():
-        return model(ids, **both, use_cache=False).logits.numpy()
+        return model(ids, **({"decoder_input_ids": ids} if both else {}), use_cache=False).logits.numpy()
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
     save(model, "mine")
 """
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -15,8 +16,8 @@ from flax import nnx
 from archlab.hub.family import describe, family_of
 from archlab.hub.fields import HARMLESS
 from archlab.hub.layout import Part, flattened
-from archlab.hub.plan import compare, leaves, plan
-from archlab.hub.reading import read
+from archlab.hub.plan import compare, has_own_head, leaves, plan
+from archlab.hub.reading import check_dtype, read
 from archlab.hub.tensors import INDEX, SHARD, SINGLE, Tensors, write
 from archlab.layers.alphabet import parameters_of
 from archlab.layers.weights import merge, split
@@ -44,18 +45,18 @@ def load(folder: str | Path, dtype=None, mesh=None) -> Model:
     Raises: ValueError for an unknown family; for fields of config.json that are not supported or not understood, all
       of them listed; for tensors that are missing, unexpected or misshapen, all of them listed; for weights in pickles.
     """
-    folder = Path(folder)
+    folder, dtype = Path(folder), check_dtype(dtype)
     values = json.loads((folder / CONFIG).read_text())
     family = family_of(values.get("model_type"))
     try:
         config = family.config(values)
-        model = nnx.eval_shape(lambda: config.build(nnx.Rngs(0)))
-        parameters = parameters_of(model)
-        wanted = plan(family, config, parameters)
         with Tensors(folder) as tensors:
-            # the head of a tied model is the embedding, whether or not it is stored once more
-            optional = {family.outer[path] for path in ("head/weight",) if config.tied and path in family.outer}
-            names = compare(wanted, tensors, family, optional)
+            if config.tied and has_own_head(tensors, family):
+                config = dataclasses.replace(config, tied=False)
+            model = nnx.eval_shape(lambda: config.build(nnx.Rngs(0)))
+            parameters = parameters_of(model)
+            wanted = plan(family, config, parameters)
+            names = compare(wanted, tensors, family, config.tied)
             places = None if mesh is None else parameter_shardings(model, mesh)[0]
             arrays = read(wanted, names, tensors, dict.fromkeys(parameters, dtype), places)
     except ValueError as error:
@@ -94,7 +95,7 @@ def save(model: Model, folder: str | Path, fields: dict | None = None, shard: in
         return tensor
 
     kinds = {str(a.dtype) for a in parameters.values()}
-    values = fields | values
+    values = fields | {name: value for name, value in values.items() if value is not None or name not in fields}
     values["dtype"] = values["torch_dtype"] = str(parameters["embed/table"].dtype) if len(kinds) > 1 else kinds.pop()
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ import pkgutil
 from collections.abc import Callable, Iterator
 
 from archlab.attention.attention import Attention
+from archlab.attention.cross import CrossAttention
 from archlab.attention.positions import Rotary
 from archlab.hub import families
 from archlab.hub.fields import Fields
@@ -22,12 +23,13 @@ FOREIGN = 1000  # more than any number of fields in which a config of a family's
 class Blocks:
     """The blocks of one body of the model.
 
-    names: {path in our block: name in theirs}, see `layout.rules`. prefix: what stands before these names; {i} is the
-    number of the block. body: the model's field with the `Sequence` of ours; its children that `Family.outer` names are no
-    blocks. inputs_first: matrices are stored as [inputs, outputs] (GPT-2's Conv1D) and not as torch's Linear does.
+    names: {path in our block: name in theirs}, see `layout.rules`; a function of the config where it decides. prefix: what stands before these names; {i} is the
+    number of the block. body: the model's field with the `Sequence` of ours; those of its children that `Family.outer`
+    names are no blocks. inputs_first: matrices are stored as [inputs, outputs], as GPT-2's Conv1D has them and torch's
+    Linear has not.
     """
 
-    names: dict
+    names: dict | Callable[[LanguageModel], dict]
     prefix: str = "model.layers.{i}."
     body: str = "body"
     inputs_first: bool = False
@@ -39,11 +41,13 @@ class Family:
 
     model_types: what config.json calls it; the first is written. architecture: the class of transformers, as written.
     defaults: the fields of its config class there, as they are where a file does not write them.
-    read: from `Fields` to a `LanguageModel`. write: its inverse, from a config to a dictionary of fields; it may fail in
-      any way on a config that is not of this family: what it writes is read again and compared.
+    read: from `Fields` to a `LanguageModel`. write: its inverse, from a config to a dictionary of fields; it may fail
+      in any way on a config that is not of this family: what it writes is read again and compared.
     outer: {our path: their name} of all that is in no block. blocks: the rest.
     spelling: the family's own names of common fields, {"hidden_size": "n_embd"}.
     base: a prefix of names that the hub's files sometimes lack. buffers: patterns of tensors that are no parameters.
+    copies: names under which files hold the embedding once more, or only so. zeros: names of tensors that files may
+      lack, because they are zero there.
     """
 
     model_types: tuple[str, ...]
@@ -56,6 +60,8 @@ class Family:
     spelling: dict = dataclasses.field(default_factory=dict)
     base: str = "model."
     buffers: tuple[str, ...] = ()
+    copies: tuple[str, ...] = ()
+    zeros: tuple[str, ...] = ()
 
     def config(self, values: dict) -> LanguageModel:
         """The config that the fields of a config.json describe. ValueError lists all that is not supported."""
@@ -96,14 +102,15 @@ def family_of(model_type: str) -> Family:
     """The family that reads a config.json of this `model_type`. ValueError offers near names."""
     found = all_families()
     if model_type not in found:
-        raise ValueError(f"model_type = {model_type!r} is no family that can be read; {near(str(model_type), list(found))}")
+        raise ValueError(f"model_type = {model_type!r} is no family that can be read; "
+                         f"{near(str(model_type), list(found))}")
     return found[model_type]
 
 
 def describe(config: LanguageModel, model_type: str | None = None) -> tuple[Family, dict]:
     """The family that can say all of a config, and the fields of its config.json.
 
-    Args: model_type: which family; None for Llama where it is one of several, or else that which needs the fewest fields.
+    Args: model_type: which family; None for Llama where several can, or else that which needs the fewest fields.
     Raises: ValueError naming what stands in the way of the nearest.
     """
     found, obstacles = [], []
@@ -146,11 +153,11 @@ def settled(config: LanguageModel) -> LanguageModel:
         if isinstance(node, Sequence):
             flat = [layer.layers if isinstance(layer, Sequence) else (layer,) for layer in node.layers]
             return Sequence(*sum(flat, ()))
-        if isinstance(node, Attention):
+        if isinstance(node, (Attention, CrossAttention)):
             size = node.head_size or config.width // node.heads
             node = dataclasses.replace(node, kv_heads=node.kv_heads or node.heads, head_size=size,
                                        scale=node.scale or size**-0.5)
-            if isinstance(node.positions, Rotary) and node.positions.size == size:
+            if isinstance(node, Attention) and isinstance(node.positions, Rotary) and node.positions.size == size:
                 node = node.set("positions.size", None)
         return node
 

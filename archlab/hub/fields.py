@@ -6,14 +6,17 @@ from archlab.layers.config import near
 
 # Fields that say nothing about what the network computes: training, generation, bookkeeping, the files' own dtype.
 HARMLESS = frozenset("""
-    _attn_implementation_autoset _name_or_path architectures auto_map attn_implementation dtype model_type name_or_path
-    tokenizer_class torch_dtype transformers_version use_bfloat16
+    _attn_implementation _attn_implementation_autoset _flash_attn_2_enabled _name_or_path _num_labels architectures
+    attn_implementation auto_map dtype is_llama_config model_type name_or_path tokenizer_class torch_dtype
+    transformers.js_config transformers_version unsloth_fixed unsloth_version use_bfloat16
     attention_dropout attention_dropout_prob attention_probs_dropout_prob attn_dropout attn_pdrop classifier_dropout
     classifier_dropout_prob dropout dropout_rate embd_dropout embd_pdrop embedding_dropout emb_pdrop ffn_dropout
     hidden_dropout hidden_dropout_prob resid_dropout resid_pdrop residual_dropout
     init_device initializer_factor initializer_range embedding_initializer_range
-    gradient_checkpointing max_position_embeddings max_sequence_length n_ctx seq_length use_cache cache_implementation
-    bos_token_id decoder_start_token_id eos_token_id forced_bos_token_id forced_eos_token_id pad_token_id sep_token_id
+    gradient_checkpointing max_position_embeddings max_sequence_length model_max_length n_ctx
+    original_max_position_embeddings seq_length use_cache cache_implementation
+    bos_token_id cls_token_id decoder_start_token_id eos_token_id forced_bos_token_id forced_eos_token_id mask_token_id
+    pad_token_id sep_token_id unk_token_id
     bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
     exponential_decay_length_penalty length_penalty max_length max_new_tokens min_length no_repeat_ngram_size
     num_beam_groups num_beams num_return_sequences output_scores prefix remove_invalid_values repetition_penalty
@@ -27,7 +30,8 @@ HARMLESS = frozenset("""
 # Fields that say nothing as long as they have one of these values.
 INERT = {"add_cross_attention": (False,), "cross_attention_hidden_size": (None,), "is_decoder": (False, True),
          "is_encoder_decoder": (False,), "per_layer_config": (None, {}), "pruned_heads": (None, {}),
-         "tie_encoder_decoder": (False,)}
+         "quantization_config": (None,), "rope_interleaved": (False,), "tie_encoder_decoder": (False,),
+         "use_mrope": (False,)}
 
 _MISSING = object()
 
@@ -111,12 +115,16 @@ class Fields:
             raise ValueError("config.json cannot be read:\n  " + "\n  ".join(lines))
 
     def _checked(self, name: str, value):
+        """The value, or the default where the value is of another kind (null is of every kind)."""
         default = self.defaults.get(name)
-        kinds = {bool: bool, int: (int, float), float: (int, float), str: str}.get(type(default))
-        wrong = value is not None and kinds and (not isinstance(value, kinds) or isinstance(value, bool) != (kinds is bool))
-        if wrong:
+        if value is None or default is None or type(value) is type(default):
+            return value
+        if {type(default), type(value)} == {int, float} and (type(default) is float or value == int(value)):
+            return type(default)(value)  # a whole number may be written with a point
+        if type(default) in (bool, int, float, str):
             self.refuse(f"{self.where}{name} = {_short(value)}: must be of the kind of {default!r}")
-        return default if wrong else value
+            return default
+        return value
 
 
 def _short(value) -> str:

@@ -34,9 +34,16 @@ class Apart:
     name: str
 
 
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """The name of a tensor with one dimension more in front, of size one (BART's bias of the head, [1, V])."""
+
+    name: str
+
+
 class Rule(NamedTuple):
     """Our parameters (one, or those that share a tensor), the tensor, and how it is written in the table: as a str, as
-    `Fused` or `Apart`."""
+    `Fused`, `Apart` or `Row`."""
 
     ours: tuple[str, ...]
     name: str
@@ -46,9 +53,9 @@ class Rule(NamedTuple):
 class Part(NamedTuple):
     """A parameter's share of a tensor.
 
-    path, shape: the parameter's. at: {axis: place} of the copy that this is. groups: for each dimension of the tensor, the
-    axes of the parameter that are flattened into it. boxes: pairs of boxes in the dimensions of the tensor: where, in
-    the parameter as so flattened, and where in the tensor.
+    path, shape: the parameter's. at: {axis: place} of the copy that this is. groups: for each dimension of the tensor,
+    the axes of the parameter that are flattened into it. boxes: pairs of boxes in the dimensions of the tensor: where
+    in the parameter as so flattened, and where in the tensor.
     """
 
     path: str
@@ -107,7 +114,7 @@ def place(rule: Rule, parameters: dict[str, nnx.Param], at: dict[int, int], inpu
         name = rule.name
         for letter, n in zip(axes, places):
             name = name.replace(f"{{{letter.lower()}}}", str(n))
-        flat = [_flatten(parameters[path], here, inputs_first, rule.form is Apart) for path in rule.ours]
+        flat = [_flatten(parameters[path], here, inputs_first, rule.form) for path in rule.ours]
         dimension = flat[0].outputs  # along which parameters share a tensor
         sizes = [f.shape[dimension] for f in flat]
         shape = list(flat[0].shape)
@@ -129,12 +136,14 @@ class _Flat(NamedTuple):
     heads: int  # the size of the first letter of the outputs
 
 
-def _flatten(parameter: nnx.Param, at: dict[int, int], inputs_first: bool, apart: bool) -> _Flat:
+def _flatten(parameter: nnx.Param, at: dict[int, int], inputs_first: bool, form: type) -> _Flat:
     before, after = parameter.letters.split("->")
     axes = lambda letters, start: [(letter, start + i) for i, letter in enumerate(letters) if start + i not in at]
     ins, outs = axes(before, 0), axes(after, len(before))
     stacked = [(axis,) for letter, axis in ins if letter in "LE"]  # experts in one tensor come first
-    ins, outs = _merge([pair for pair in ins if pair[0] not in "LE"], apart), _merge(outs, apart)
+    stacked += [()] * (form is Row)
+    ins = [pair for pair in ins if pair[0] not in "LE"]
+    ins, outs = (_merge(side, form is Apart) for side in (ins, outs))
     ours = inputs_first or "V" in before or not ins
     groups = tuple(stacked) + (ins + outs if ours else outs + ins)
     outputs = len(stacked) + (len(ins) if ours else 0)
@@ -154,8 +163,8 @@ def _box(shape, dimension: int, start: int, size: int) -> Box:
 
 
 def flattened(array: np.ndarray, part: Part) -> np.ndarray:
-    """The copy of a parameter that `part` is about, in the dimensions of the tensor: a view where the
-    array is contiguous, for the axes of a group follow one another."""
+    """The copy of a parameter that `part` is about, in the dimensions of the tensor: a view where the array is
+    contiguous, for the axes of a group follow one another."""
     copy = array[tuple(part.at.get(axis, slice(None)) for axis in range(array.ndim))]
     kept = [axis for axis in range(array.ndim) if axis not in part.at]
     order = [kept.index(axis) for group in part.groups for axis in group]
@@ -182,7 +191,7 @@ def within(part: Part, window: Window) -> list[tuple[Box, Box]]:
     bounds = []  # of the window, in the dimensions of the tensor
     for group in part.groups:
         rest = math.prod(part.shape[axis] for axis in group[1:])
-        bounds.append(tuple(rest * n for n in window[group[0]]))
+        bounds.append(tuple(rest * n for n in window[group[0]]) if group else (0, 1))
     cut = []
     for ours, theirs in part.boxes:
         edges = [(max(o.start, low), min(o.stop, high)) for o, (low, high) in zip(ours, bounds)]

@@ -43,7 +43,7 @@ def plan(family: Family, config, parameters: dict) -> dict[str, Stored]:
 
     apply(rules(family.outer))
     for blocks in family.blocks:
-        table = rules(blocks.names)
+        table = rules(blocks.names(config) if callable(blocks.names) else blocks.names)
         for i, (path, copy) in enumerate(block_places(config, family, blocks)):
             apply(table, f"{path}/", blocks.prefix.replace("{i}", str(i)), copy, blocks.inputs_first)
     if left := [path for path in parameters if path not in done]:
@@ -57,7 +57,8 @@ def block_places(config, family: Family, blocks: Blocks) -> list[tuple[str, int 
     for i, child in enumerate(getattr(config, blocks.body).layers):
         path = f"{blocks.body}/layers/{i}"
         if isinstance(child, Repeat):  # of a `Sequence` of blocks, as `stack` makes it
-            found += [(f"{path}/unit/layers/{j}", copy) for copy in range(child.n) for j in range(len(child.unit.layers))]
+            unit = [f"{path}/unit/layers/{j}" for j in range(len(child.unit.layers))]
+            found += [(block, copy) for copy in range(child.n) for block in unit]
         elif not any(name.startswith(f"{path}/") for name in family.outer):
             found.append((path, None))
     return found
@@ -73,24 +74,39 @@ def leaves(config: LayerConfig, path: str, copy: int | None = None) -> list[tupl
     return [(path, copy)]
 
 
-def compare(wanted: dict[str, Stored], tensors: Tensors, family: Family, optional: set[str]) -> dict[str, str]:
-    """{name in `wanted`: name in the folder}.
+def find(name: str, tensors: Tensors, family: Family) -> str | None:
+    """What a tensor is called in the folder; None where it is not there."""
+    return next((found for found in (name, name.removeprefix(family.base)) if found in tensors.found), None)
 
-    Args: optional: names that may be there and are not needed.
+
+def has_own_head(tensors: Tensors, family: Family) -> bool:
+    """Whether the head is there and differs from the embedding: such a model is not tied, whatever config.json says
+    (transformers keeps both too; the T5 of its version 5 are all called tied)."""
+    table, head = (find(family.outer[path], tensors, family) for path in ("embed/table", "head/weight"))
+    return table is not None and head is not None and not tensors.same(table, head)
+
+
+def compare(wanted: dict[str, Stored], tensors: Tensors, family: Family, tied: bool) -> dict[str, str]:
+    """{name in `wanted`: name in the folder}, without those of `family.zeros` that are not there.
+
+    Args: tied: whether the head is the embedding, which may then be there under either name, or both.
     Raises: ValueError listing tensors that are missing, not expected, misshapen, or no floating-point numbers.
     """
     names, lines = {}, []
+    table, copies = family.outer["embed/table"], {find(name, tensors, family) for name in family.copies}
+    copies = sorted((copies | ({find(family.outer["head/weight"], tensors, family)} if tied else set())) - {None})
     for name, stored in wanted.items():
-        bare = name.removeprefix(family.base)
-        names[name] = name if name in tensors.found else bare
-        tensor = tensors.found.get(names[name])
+        found = find(name, tensors, family) or (copies[0] if copies and name == table else None)
+        if found is None and name in family.zeros:
+            continue
+        names[name], tensor = found, tensors.found.get(found)
         if tensor is None:
             lines.append(f"missing: {name} {list(stored.shape)}")
         elif tensor.dtype is None or not jnp.issubdtype(tensor.dtype, jnp.floating):
-            lines.append(f"{name} holds no floating-point numbers")
+            lines.append(f"{name} holds {tensor.kind}, which are no floating-point numbers that can be read")
         elif tensor.shape != stored.shape:
             lines.append(f"{name} is {list(tensor.shape)}, must be {list(stored.shape)}")
-    known = set(names.values()) | optional
+    known = {*names.values(), *copies}
     unneeded = lambda name: any(fnmatch.fnmatchcase(f".{name}", pattern) for pattern in BUFFERS + family.buffers)
     lines += [f"not expected: {name} {list(tensors.found[name].shape)}" for name in tensors.found
               if name not in known and not unneeded(name)]

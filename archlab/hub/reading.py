@@ -12,29 +12,43 @@ from archlab.hub.tensors import Tensors, aligned
 THREADS = 4  # one core cannot turn matrices as fast as a disk reads them
 
 
+def check_dtype(dtype):
+    """The dtype that parameters shall have, or None. ValueError for what is no floating-point type."""
+    try:
+        if dtype is None or jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
+            return dtype and jnp.dtype(dtype)
+    except TypeError:
+        pass
+    raise ValueError(f"dtype = {dtype!r}: must be that of parameters, such as bfloat16 or float32")
+
+
 def read(wanted: dict[str, Stored], names: dict[str, str], tensors: Tensors, dtypes: dict[str, object],
          shardings: dict[str, jax.sharding.Sharding] | None = None) -> dict[str, jax.Array]:
     """The arrays of a model by path.
 
-    Args: wanted: the tensors in which they lie; names: what each is called in the folder. dtypes: {path: dtype, None for
-      what is stored}. shardings: {path: where on a mesh}; then only what this process's devices hold is read.
+    Args: wanted: the tensors in which they lie; names: what each is called in the folder; those left out are zero.
+      dtypes: {path: dtype, None for what is stored}. shardings: {path: where on a mesh}; then only what this process's
+      devices hold is read.
     """
-    parts: dict[str, list[tuple[str, Part]]] = {path: [] for path in dtypes}
+    parts: dict[str, list[tuple[str | None, Part]]] = {path: [] for path in dtypes}
     for name, stored in wanted.items():
         for part in stored.parts:
-            parts[part.path].append((names[name], part))
+            parts[part.path].append((names.get(name), part))
     shapes = {path: pairs[0][1].shape for path, pairs in parts.items()}
     places = shardings or {}
 
     arrays = {}  # {path: {window: array}}, all allocated before the first is filled
     targets: dict[str, list] = {}  # {name in the folder: what `scatter` shall do with it}
     for path, shape in shapes.items():
-        kind = dtypes[path] or jnp.result_type(*(tensors.found[name].dtype for name, _ in parts[path]))
+        stored = (tensors.found[name].dtype if name else jnp.float32 for name, _ in parts[path])
+        kind = dtypes[path] or jnp.result_type(*stored)
         arrays[path] = {}
         for window in _windows(shape, places.get(path), [part for _, part in parts[path]]):
             array = arrays[path][window] = aligned(tuple(stop - start for start, stop in window), jnp.dtype(kind))
             for name, part in parts[path]:
-                if boxes := within(part, window):
+                if name is None:
+                    array[...] = 0
+                elif boxes := within(part, window):
                     local = part._replace(at={axis: n - window[axis][0] for axis, n in part.at.items()})
                     view = flattened(array, local)
                     targets.setdefault(name, []).extend((theirs, view[ours]) for ours, theirs in boxes)

@@ -30,10 +30,11 @@ Box = tuple[slice, ...]  # a part of a tensor, as a slice of each dimension
 
 
 class Tensor(NamedTuple):
-    """Where a tensor lies. dtype: None for a kind of number that cannot be read."""
+    """Where a tensor lies. kind: of its numbers, as the file calls it; dtype: None for one that cannot be read."""
 
     file: Path
     offset: int
+    kind: str
     dtype: np.dtype | None
     shape: tuple[int, ...]
 
@@ -82,6 +83,22 @@ class Tensors:
                     end = min(row + tile, rows.stop, stop)
                     _move(piece[row - start:end - start, *rest], array[row - rows.start:end - rows.start])
 
+    def same(self, name: str, other: str) -> bool:
+        """Whether two tensors are of one shape, one kind of number, and equal byte for byte."""
+        a, b = self.found[name], self.found[other]
+        if (a.shape, a.kind) != (b.shape, b.kind) or a.dtype is None:
+            return False
+        self.open()
+        size = math.prod(a.shape) * a.dtype.itemsize
+        pieces = np.empty((2, min(PIECE, size)), np.uint8)
+        for start in range(0, size, PIECE):
+            pieces = pieces[:, :size - start]
+            self._read(a, start, pieces[0])
+            self._read(b, start, pieces[1])
+            if (pieces[0] != pieces[1]).any():
+                return False
+        return True
+
     def _read(self, tensor: Tensor, offset: int, into: np.ndarray) -> None:
         buffer, offset = memoryview(into.reshape(-1).view(np.uint8)), tensor.offset + offset
         while buffer:
@@ -116,7 +133,7 @@ def _tensor(file: Path, origin: int, size: int, name: str, entry: dict) -> Tenso
         raise ValueError(f"{name} lies outside the file")
     if dtype is not None and math.prod(shape) * dtype.itemsize != end - begin:
         raise ValueError(f"{name} of shape {list(shape)} has {end - begin} bytes")
-    return Tensor(file, origin + begin, dtype, shape)
+    return Tensor(file, origin + begin, entry["dtype"], dtype, shape)
 
 
 def _files(folder: Path) -> list[tuple[Path, list[str] | None]]:

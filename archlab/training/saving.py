@@ -13,7 +13,7 @@ import numpy as np
 from archlab import hub
 from archlab.hub.layout import whole
 from archlab.hub.plan import Stored
-from archlab.hub.reading import read
+from archlab.hub.reading import check_dtype, read
 from archlab.hub.tensors import Tensors
 from archlab.layers.config import from_json, near
 from archlab.layers.weights import merge, split
@@ -51,19 +51,19 @@ def save(model: Model, path: str | Path, format: str = "archlab") -> None:
 
 
 def load(path: str | Path, dtype=None, mesh=None) -> Model:
-    """The model that `save` wrote into the folder `path`, that of the newest whole checkpoint of a training run, or that
-    of a Hugging Face checkpoint (`archlab.hub.load`).
+    """The model that `save` wrote into the folder `path`, that of the newest whole checkpoint of a training run, or
+    that of a Hugging Face checkpoint (`archlab.hub.load`).
 
     A config of one's own must be imported before.
 
     Args: dtype: of the parameters ("bfloat16", "float32"); None for each as it is stored. mesh: from `make_mesh`; the
       parameters then lie where it wants them.
-    Raises: ValueError where there is no model, where its files are not whole, or where arrays are missing, unknown or of
-      other shapes: all are listed.
+    Raises: ValueError where there is no model, where its files are not whole, or where arrays are missing, unknown or
+      of other shapes: all are listed.
     """
     import archlab.zoo
 
-    folder = Path(path)
+    folder, dtype = Path(path), check_dtype(dtype)
     if hub.is_huggingface(folder):
         return hub.load(folder, dtype, mesh)
     archlab.zoo.list_models()  # imports every config class of the zoo, so that their names can be resolved

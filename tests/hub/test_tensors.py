@@ -39,9 +39,10 @@ def assert_same(a, b):
 def mixed(tmp_path):
     """A folder with a tensor of each kind, larger than what is read or moved at once."""
     rng = np.random.default_rng(0)
-    tensors = {"wide": rng.standard_normal((3, 300_000), np.float32), "tall": rng.standard_normal((70_000, 5), np.float32),
+    tensors = {"wide": rng.standard_normal((3, 300_000), np.float32),
+               "tall": rng.standard_normal((70_000, 5), np.float32), "none": np.ones((0, 4), np.float32),
                "half": rng.standard_normal((700, 800)).astype(np.float16), "one": np.full((), 2.5, np.float32),
-               "brain": rng.standard_normal((999, 700), np.float32).astype(ml_dtypes.bfloat16), "none": np.ones((0, 4), np.float32)}
+               "brain": rng.standard_normal((999, 700), np.float32).astype(ml_dtypes.bfloat16)}
     save_file(tensors, tmp_path / "model.safetensors")
     return tmp_path, tensors
 
@@ -54,11 +55,12 @@ def test_scatter_is_slicing_and_casting(mixed, dtype):
         for name, tensor in tensors.items():
             assert found.found[name].shape == tensor.shape and found.found[name].dtype == tensor.dtype
             boxes = [tuple(slice(n // 3, n) for n in tensor.shape), tuple(slice(0, n // 2) for n in tensor.shape)]
-            targets = [(box, aligned(tensor[box].shape[::-1], dtype or tensor.dtype).T) for box in boxes if tensor.size > 1]
-            targets += [(tuple(slice(0, n) for n in tensor.shape), aligned(tensor.shape, dtype or tensor.dtype))]
+            kind = dtype or tensor.dtype
+            targets = [(box, aligned(tensor[box].shape[::-1], kind).T) for box in boxes if tensor.size > 1]
+            targets += [(tuple(slice(0, n) for n in tensor.shape), aligned(tensor.shape, kind))]
             found.scatter(name, targets)
             for box, array in targets:
-                np.testing.assert_array_equal(array, tensor[box].astype(dtype or tensor.dtype), err_msg=name)
+                np.testing.assert_array_equal(array, tensor[box].astype(kind), err_msg=name)
 
 
 def test_arrays_are_taken_over_and_not_copied():
@@ -73,9 +75,15 @@ def test_memory_while_loading(tmp_path):
     """The process grows by little more than the model: 24 MB of weights in 6 MB tables, in a fresh process."""
     config = archlab.get_config("transformer-nano").set("vocab", 50_000).set("tied", False)
     archlab.save(config.build(nnx.Rngs(0)), tmp_path, format="huggingface")
-    code = ("import sys, archlab; archlab.load(sys.argv[2]); peak = lambda: int([line for line in open('/proc/self/status')"
-            " if 'VmHWM' in line][0].split()[1]) * 1024; open('/proc/self/clear_refs', 'w').write('5'); before = peak();"
-            " model = archlab.load(sys.argv[1]); print((peak() - before))")
+    code = """
+import sys, archlab
+archlab.load(sys.argv[2])  # all that is imported by then counts as the interpreter's
+peak = lambda: 1024 * int([line for line in open("/proc/self/status") if "VmHWM" in line][0].split()[1])
+open("/proc/self/clear_refs", "w").write("5")  # forgets the peak so far
+before = peak()
+model = archlab.load(sys.argv[1])
+print(peak() - before)
+"""
     if not os.access("/proc/self/clear_refs", os.W_OK):
         pytest.skip("the peak of a process cannot be reset here")
     done = subprocess.run([sys.executable, "-c", code, tmp_path, FIXTURES / "llama"], text=True, capture_output=True,
@@ -118,8 +126,9 @@ def test_files_that_are_not_whole(tmp_path):
         text = json.dumps(header | {"x": header["x"] | change}).encode()
         return len(text).to_bytes(8, "little") + text + whole[8 + length:]
 
-    for content in (b"", whole[:20], whole[:-4], b"\xff" * 100, written({"shape": [30, 31]}), written({"shape": [-30, -30]}),
-                    written({"data_offsets": [-8, 3592]}), written({"data_offsets": None}), written({"shape": "ab"})):
+    for content in (b"", whole[:20], whole[:-4], b"\xff" * 100, written({"shape": [30, 31]}),
+                    written({"shape": [-30, -30]}), written({"data_offsets": [-8, 3592]}),
+                    written({"data_offsets": None}), written({"shape": "ab"})):
         file.write_bytes(content)
         with pytest.raises(ValueError, match="model.safetensors cannot be read"):
             Tensors(tmp_path)
@@ -143,6 +152,12 @@ def test_pickles_are_never_opened(tmp_path):
 def test_parameters_in_the_dtype_asked_for(dtype):
     stored, cast = arrays(archlab.load(FIXTURES / "llama")), arrays(archlab.load(FIXTURES / "llama", dtype=dtype))
     assert_same(cast, {path: array.astype(jnp.dtype(dtype)) for path, array in stored.items()})
+
+
+@pytest.mark.parametrize("dtype", ["int8", "bflot16", 3])
+def test_other_dtypes_are_refused(dtype):
+    with pytest.raises(ValueError, match="such as bfloat16"):
+        archlab.load(FIXTURES / "llama", dtype=dtype)
 
 
 def test_bfloat16_is_kept_and_written(tmp_path):

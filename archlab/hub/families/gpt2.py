@@ -33,7 +33,8 @@ def read(f):
     mlp = MLP(hidden, f.choose("activation_function", ACTIVATIONS), bias=True)
 
     def block(i):
-        attention = Attention(**sizes, positions=None, bias=True, out_bias=True, scale=scale / (i + 1 if by_layer else 1))
+        own = scale / (i + 1) if by_layer else scale
+        attention = Attention(**sizes, positions=None, bias=True, out_bias=True, scale=own)
         return Sequence(Residual(attention, norm), Residual(mlp, norm))
 
     blocks = [block(i) for i in range(f.take("num_hidden_layers"))]
