@@ -105,6 +105,7 @@ def main() -> None:
     from archlab.analysis.matching import active_body, match
     from archlab.data import load_corpus, tokenizer_from
     from archlab.training.loop import Run
+    from archlab.training.objectives import objective
     from archlab.training.optimizers import Optimizer
     from archlab.training.saving import load
 
@@ -118,6 +119,9 @@ def main() -> None:
     tokenizer = tokenizer_from(FLAGS.tokenizer, corpus)
     files = {Path(model).stem if model.endswith(".py") else model: model for model in FLAGS.models}
     configs = {name: common.model_config(model, FLAGS.set) for name, model in files.items()}
+    for name, config in configs.items():
+        if (kind := objective(config)) != "next token":
+            raise ValueError(f"{name} is trained on the {kind}: its loss cannot stand beside that of the next token")
     configs = {name: config.set("vocab", max(config.vocab, tokenizer.vocab)) for name, config in configs.items()}
     if FLAGS.match == "params":
         target = active_body(next(iter(configs.values())))

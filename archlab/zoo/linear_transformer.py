@@ -18,7 +18,7 @@ def linear_transformer(width: int, depth: int, heads: int, hidden: int, vocab: i
 
 
 CONFIGS = {
-    "linear_transformer-nano": linear_transformer(width=32, depth=2, heads=4, hidden=96, chunk=4),
-    "linear_transformer-tiny": linear_transformer(width=128, depth=6, heads=4, hidden=512),
-    "linear_transformer-small": linear_transformer(width=256, depth=6, heads=8, hidden=1024, vocab=512),
+    "linear-transformer-nano": linear_transformer(width=32, depth=2, heads=4, hidden=96, chunk=4),
+    "linear-transformer-tiny": linear_transformer(width=128, depth=6, heads=4, hidden=512),
+    "linear-transformer-small": linear_transformer(width=256, depth=6, heads=8, hidden=1024, vocab=512),
 }

@@ -87,6 +87,7 @@ def test_finished_runs_are_skipped(out):
 @pytest.mark.parametrize("flags, words", [
     (["--models=transfomer-nano"], "did you mean transformer-nano"),
     (["--models=transformer-nano", "--flops=1"], "buys 0 steps"),
+    (["--models=transformer-nano,bert-nano"], "bert-nano is trained on the masked tokens"),
     (["--models=transformer-nano", "--data=stdlb"], "stdlib"),
     (["--models=transformer-nano", "--seeds=0"], "--seeds = 0"),
     (["--models=transformer-nano", "--modells=x"], "models"),
