@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from archlab.hub.family import Blocks, Family
-from archlab.hub.layout import Part, Rule, place, rules, suits
+from archlab.hub.layout import Part, Rule, expand, place, rules, suits
 from archlab.hub.tensors import Tensors
 from archlab.layers.config import LayerConfig
 from archlab.layers.repeat import Repeat
@@ -59,7 +59,7 @@ def block_places(config, family: Family, blocks: Blocks) -> list[tuple[str, int 
         if isinstance(child, Repeat):  # of a `Sequence` of blocks, as `stack` makes it
             unit = [f"{path}/unit/layers/{j}" for j in range(len(child.unit.layers))]
             found += [(block, copy) for copy in range(child.n) for block in unit]
-        elif not any(name.startswith(f"{path}/") for name in family.outer):
+        elif not any(name.startswith(f"{path}/") for names in family.outer for name in expand(names)):
             found.append((path, None))
     return found
 
