@@ -1,0 +1,90 @@
+"""T5 (arXiv:1910.10683), its version 1.1, and mT5 (arXiv:2010.11934): an encoder and a decoder, each with one table of
+biases by distance, which lies in its first block."""
+
+from archlab.attention.attention import Attention
+from archlab.attention.cross import CrossAttention
+from archlab.attention.positions import RelativePositions
+from archlab.attention.relative import RelativeBias
+from archlab.encoder_decoder import EncoderDecoder
+from archlab.hub.decoders import ACTIVATIONS, read_sizes, write_decoder
+from archlab.hub.family import Blocks, Family, each
+from archlab.layers.mlp import MLP
+from archlab.layers.norms import RMSNorm
+from archlab.layers.repeat import stack
+from archlab.layers.residual import Residual
+from archlab.layers.sequence import Sequence
+
+DEFAULTS = dict(vocab_size=32128, hidden_size=512, head_dim=64, d_ff=2048, num_hidden_layers=6, num_decoder_layers=None,
+                num_attention_heads=8, relative_attention_num_buckets=32, relative_attention_max_distance=128,
+                layer_norm_epsilon=1e-6, feed_forward_proj="relu", is_encoder_decoder=True, decoder_start_token_id=0)
+MT5 = dict(vocab_size=250112, d_ff=1024, num_hidden_layers=8, num_attention_heads=6, feed_forward_proj="gated-gelu")
+SPELLING = dict(hidden_size="d_model", head_dim="d_kv", num_hidden_layers="num_layers", num_attention_heads="num_heads",
+                max_position_embeddings="n_positions")
+FORMS = {"relu": ("relu", False), "gated-gelu": ("gelu_tanh", True)}  # unlike "gelu", its approximation
+FORMS |= {gate + theirs: (ours, bool(gate)) for gate in ("", "gated-") for theirs, ours in ACTIVATIONS.items()
+          if gate + theirs not in FORMS}
+
+BIAS = "block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+OUTER = {"embed/table": "shared.weight", "head/weight": "lm_head.weight",
+         "encoder/layers/0/table": f"encoder.{BIAS}", "body/layers/0/table": f"decoder.{BIAS}",
+         "{encoder_norm,norm}/scale": "{encoder,decoder}.final_layer_norm.weight"}
+
+
+def names(*parts):
+    """A function from the config to the tensors of a block of these parts."""
+    def of(config):
+        hidden = {"{gate,up}": "wi_{0,1}"} if each(config, MLP)[0].gated else {"up": "wi"}
+        table = {}
+        for i, part in enumerate(parts):
+            inside = hidden | {"down": "wo"} if part == "DenseReluDense" else {"{query,key,value,out}": "{q,k,v,o}"}
+            table |= {f"layers/{i}/layer/{ours}": f"layer.{i}.{part}.{name}.weight" for ours, name in inside.items()}
+            table[f"layers/{i}/before/scale"] = f"layer.{i}.layer_norm.weight"
+        return table
+
+    return of
+
+
+ENCODER = Blocks(names("SelfAttention", "DenseReluDense"), "encoder.block.{i}.", "encoder")
+DECODER = Blocks(names("SelfAttention", "EncDecAttention", "DenseReluDense"), "decoder.block.{i}.")
+
+
+def read(f):
+    multilingual = f.take("model_type", "t5") == "mt5"
+    f.defaults = f.defaults | (MT5 if multilingual else {})
+    f.only("is_encoder_decoder", True)
+    f.take("max_position_embeddings", None)  # of the texts it was trained on
+    activation, gated = f.choose("feed_forward_proj", FORMS)
+    f.only("is_gated_act", gated, default=gated)
+    f.take("dense_act_fn", None)  # follows from the form
+    sizes, norm = read_sizes(f), RMSNorm(f.take("layer_norm_epsilon"))
+    branch = lambda layer: Residual(layer, norm)
+    mlp = branch(MLP(f.take("d_ff"), activation, gated))
+
+    def side(layers, causal):
+        table = RelativeBias(sizes["heads"], f.take("relative_attention_num_buckets"),
+                             f.take("relative_attention_max_distance"), causal)
+        attend = branch(Attention(**sizes, positions=RelativePositions(), causal=causal, scale=1.0))
+        look = [branch(CrossAttention(**sizes, scale=1.0))] if causal else []
+        return Sequence(table, *stack([Sequence(attend, *look, mlp)] * layers)[0].layers)
+
+    layers, tied, width = f.take("num_hidden_layers"), f.take("tie_word_embeddings", True), f.take("hidden_size")
+    scaled = f.take("scale_decoder_outputs", tied) and not multilingual
+    return EncoderDecoder(f.take("vocab_size"), width, side(f.take("num_decoder_layers") or layers, True), norm, tied,
+                          logit_scale=width**-0.5 if scaled else 1.0, encoder=side(layers, False), encoder_norm=norm,
+                          start=f.take("decoder_start_token_id"))
+
+
+def write(config):
+    encoder, mlp, table = each(config.encoder, Attention), each(config, MLP)[0], each(config, RelativeBias)[0]
+    size = encoder[0].head_size or config.width // encoder[0].heads
+    return {**write_decoder(config), "head_dim": size, "num_attention_heads": encoder[0].heads, "d_ff": mlp.hidden,
+            "num_hidden_layers": len(encoder), "num_decoder_layers": len(each(config.body, Attention)),
+            "relative_attention_num_buckets": table.buckets, "relative_attention_max_distance": table.max_distance,
+            "layer_norm_epsilon": config.norm.eps, "is_encoder_decoder": True, "decoder_start_token_id": config.start,
+            "feed_forward_proj": next(name for name, form in FORMS.items() if form == (mlp.activation, mlp.gated)),
+            "scale_decoder_outputs": config.logit_scale != 1.0}
+
+
+FAMILY = Family(("t5", "mt5"), "T5ForConditionalGeneration", DEFAULTS, read, write, OUTER, (ENCODER, DECODER),
+                spelling=SPELLING, base="", copies=("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"),
+                buffers=("*.EncDecAttention.relative_attention_bias.weight",))
