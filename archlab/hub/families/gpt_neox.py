@@ -30,7 +30,8 @@ def read(f):
     norm, bias = LayerNorm(f.take("layer_norm_eps")), f.take("attention_bias")
     rotary = read_rotary(f, read_sizes(f)["head_size"], share=0.25)
     form = two_norms if f.take("use_parallel_residual") else sequential
-    block = form(read_attention(f, positions=rotary, bias=bias, out_bias=bias), read_mlp(f, gated=False, bias=True), norm)
+    attention = read_attention(f, positions=rotary, bias=bias, out_bias=bias)
+    block = form(attention, read_mlp(f, gated=False, bias=True), norm)
     return read_decoder(f, [block] * f.take("num_hidden_layers"), norm)
 
 

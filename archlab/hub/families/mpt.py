@@ -18,8 +18,9 @@ ATTENTION = dict(attn_type="multihead_attention", prefix_lm=False, qk_ln=False, 
 
 OUTER = {"embed/table": "transformer.wte.weight", "norm/scale": "transformer.norm_f.weight",
          "head/weight": "lm_head.weight"}
-BLOCK = placed({"norm{1,2}/scale": "norm_{1,2}.weight", "attention/{query,key,value}": "attn.Wqkv.weight",
-                "attention/out": "attn.out_proj.weight", "mlp/{up,down}": "ffn.{up,down}_proj.weight"}, SEQUENTIAL)
+BLOCK = placed({"norm1/scale": "norm_1.weight", "norm2/scale": "norm_2.weight",
+                "attention/{query,key,value}": "attn.Wqkv.weight", "attention/out": "attn.out_proj.weight",
+                "mlp/{up,down}": "ffn.{up,down}_proj.weight"}, SEQUENTIAL)
 
 
 def read(f):
