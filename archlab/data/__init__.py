@@ -2,7 +2,7 @@
 
 from archlab.data.batches import Batch, pack, train_batches, validation_batches
 from archlab.data.corpora import Corpus, load_corpus
-from archlab.data.tokenizers import BpeTokenizer, ByteTokenizer, stream_decode, tokenizer_from
+from archlab.data.tokenizers import BpeTokenizer, ByteTokenizer, tokenizer_from
 
 __all__ = [
     "Batch",
@@ -11,7 +11,6 @@ __all__ = [
     "Corpus",
     "load_corpus",
     "pack",
-    "stream_decode",
     "tokenizer_from",
     "train_batches",
     "validation_batches",

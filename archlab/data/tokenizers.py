@@ -1,7 +1,8 @@
 """Tokenizers: bytes to ids and back, without loss.
 
-Both kinds have `vocab` (V), `bytes_per_token [V]`, `encode`, `to_bytes`, `decode` and no special tokens, so that the
-bytes of the ids of a document sum to its length and losses can be told in bits per byte.
+Both kinds have `vocab` (V), `bytes_per_token [V]`, `encode`, `to_bytes`, `decode`, `stream` and no special tokens, so
+that the bytes of the ids of a document sum to its length and losses can be told in bits per byte. (Those of imported
+checkpoints need not be so: `archlab.hub.tokenizer`.)
 """
 
 import codecs
@@ -22,8 +23,25 @@ def _checked(ids, vocab: int) -> np.ndarray:
     return ids
 
 
+class _Lossless:
+    """What follows from `to_bytes`. `after`, the ids before these, changes nothing here as it may elsewhere."""
+
+    def decode(self, ids, after=()) -> str:
+        """The text of ids [T], with U+FFFD for what is not UTF-8."""
+        return self.to_bytes(ids).decode(errors="replace")
+
+    def stream(self, ids: Iterable[int], after=()) -> Iterator[str]:
+        """Yields text as ids arrive, never part of a character; the pieces joined are `decode` of all."""
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        for index in ids:
+            if text := decoder.decode(self.to_bytes([index])):
+                yield text
+        if text := decoder.decode(b"", final=True):
+            yield text
+
+
 @dataclasses.dataclass(frozen=True)
-class ByteTokenizer:
+class ByteTokenizer(_Lossless):
     """Every byte is its own token: ids 0 to 255. Nothing is unknown and nothing is lost."""
 
     @property
@@ -42,12 +60,8 @@ class ByteTokenizer:
         """The bytes of ids [T]. Raises ValueError for an id outside the vocabulary."""
         return _checked(ids, 256).astype(np.uint8).tobytes()
 
-    def decode(self, ids) -> str:
-        """The text of ids [T], with U+FFFD for what is not UTF-8."""
-        return self.to_bytes(ids).decode(errors="replace")
 
-
-class BpeTokenizer:
+class BpeTokenizer(_Lossless):
     """Byte-level byte-pair encoding (Sennrich et al. 2016; over bytes as in GPT-2, Radford et al. 2019).
 
     Kept in the tokenizer.json format of the `tokenizers` library; `BpeTokenizer.train` makes one from a corpus and
@@ -103,20 +117,6 @@ class BpeTokenizer:
     def to_bytes(self, ids) -> bytes:
         """The bytes of ids [T]. Raises ValueError for an id outside the vocabulary."""
         return b"".join(self._pieces[index] for index in _checked(ids, self.vocab))
-
-    def decode(self, ids) -> str:
-        """The text of ids [T], with U+FFFD for what is not UTF-8."""
-        return self.to_bytes(ids).decode(errors="replace")
-
-
-def stream_decode(tokenizer: ByteTokenizer | BpeTokenizer, ids: Iterable[int]) -> Iterator[str]:
-    """Yields text as ids arrive, never part of a character; the pieces joined are `tokenizer.decode(all ids)`."""
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    for index in ids:
-        if text := decoder.decode(tokenizer.to_bytes([index])):
-            yield text
-    if text := decoder.decode(b"", final=True):
-        yield text
 
 
 def tokenizer_from(spec: str, corpus: Corpus) -> ByteTokenizer | BpeTokenizer:

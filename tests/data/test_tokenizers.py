@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from archlab.data import BpeTokenizer, ByteTokenizer, Corpus, stream_decode, tokenizer_from
+from archlab.data import BpeTokenizer, ByteTokenizer, Corpus, tokenizer_from
 
 WORDS = "the quick brown fox, naïve café, 日本語 🙂; def f(x):\n\treturn x ** 2\n"
 CORPUS = Corpus("words", tuple(WORDS.encode() * n for n in range(1, 6)), (b"the fox",))
@@ -36,11 +36,11 @@ def test_bytes_are_the_identity():
 
 def test_stream_yields_whole_characters_as_soon_as_they_are_there(tokenizer):
     ids = tokenizer.encode(WORDS)
-    pieces = list(stream_decode(tokenizer, iter(ids)))
+    pieces = list(tokenizer.stream(iter(ids)))
     assert "".join(pieces) == WORDS and "\ufffd" not in "".join(pieces) and all(pieces)
-    assert list(stream_decode(ByteTokenizer(), "aé🙂".encode())) == ["a", "é", "🙂"]
+    assert list(ByteTokenizer().stream("aé🙂".encode())) == ["a", "é", "🙂"]
     broken = b"a\xf0\x9f b\xe2\x82"  # a stream that ends in mid-character, and one that breaks off
-    assert "".join(stream_decode(ByteTokenizer(), broken)) == broken.decode(errors="replace")
+    assert "".join(ByteTokenizer().stream(broken)) == broken.decode(errors="replace")
 
 
 def test_bpe_learns_the_same_merges_again_and_shortens(tmp_path):

@@ -133,21 +133,82 @@ def test_top_k_of_one_is_greedy():
                                   generate(model, prompt(2, 4), 10, temperature=0))
 
 
-def test_rows_end_at_eos():
+def test_rows_end_at_any_eos():
     model = unstack(model_of("transformer-nano"))
     free = np.asarray(generate(model, prompt(2, 4), 12, temperature=0))[:, 4:]
-    eos = int(free[0, 3])
-    text = np.asarray(generate(model, prompt(2, 4), 12, temperature=0, eos=eos))[:, 4:]
-    for row, ended in zip(free, text):
-        end = list(row).index(eos) + 1 if eos in row else len(row)
-        np.testing.assert_array_equal(ended, np.append(row[:end], [eos] * (len(row) - end)))
-    first = int(np.asarray(generate(model, prompt(1, 4), 1, temperature=0))[0, -1])
-    assert len(list(stream(model, prompt(1, 4), 12, temperature=0, eos=first))) == 1  # all ended: nothing more comes
+    for eos in (int(free[0, 3]), [int(free[1, 5]), int(free[0, 3])]):
+        text = np.asarray(generate(model, prompt(2, 4), 12, temperature=0, eos=eos))[:, 4:]
+        for row, ended in zip(free, text):
+            end = min([list(row).index(e) for e in np.atleast_1d(eos) if e in row], default=len(row) - 1)
+            np.testing.assert_array_equal(ended, [*row[:end], *[row[end]] * (len(row) - end)])
+        ends = np.isin(text, eos).any(1).all()  # then nothing more comes
+        assert len(list(stream(model, prompt(2, 4), 12, temperature=0, eos=eos))) == (
+            np.isin(text, eos).argmax(1).max() + 1 if ends else 12)
+    assert (text == text[:, -1:])[:, -6:].all()
+
+
+def slow_penalty(whole, row, new, penalty):
+    """Greedy text of one row under a repetition penalty, by whole passes. whole: logits [1, 32, V] of ids [1, 32]."""
+    row = list(row)
+    for _ in range(new):
+        padded = np.zeros((1, 32), np.int32)  # nothing looks ahead
+        padded[0, :len(row)] = row
+        logits = np.array(whole(padded)[0, len(row) - 1])
+        for v in set(row):
+            logits[v] = logits[v] * penalty if logits[v] < 0 else logits[v] / penalty
+        row.append(int(logits.argmax()))
+    return row[-new:]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_repetition_penalty_counts_prompt_and_text_without_padding(side):
+    model = unstack(model_of("transformer-nano"))
+    ids, segments = ragged(side)
+    likely = generate(model, ROWS[0][None], 1, temperature=0)[0, -1]
+    ids = np.where(segments > 0, ids, likely)
+    text = np.asarray(generate(model, ids, 12, temperature=0, segment_ids=segments, repetition_penalty=1.8))[:, 6:]
+    whole = jax.jit(lambda ids: model(ids).logits)
+    for row, new in zip(ROWS, text):
+        np.testing.assert_array_equal(new, slow_penalty(whole, row, 12, 1.8))
+    plain = np.asarray(generate(model, ids, 12, temperature=0, segment_ids=segments))[:, 6:]
+    assert (plain != text).any()
+    np.testing.assert_array_equal(
+        generate(model, ids, 12, temperature=0, segment_ids=segments, repetition_penalty=1.0)[:, 6:], plain)
+    np.testing.assert_array_equal(
+        np.stack(list(stream(model, ids, 12, temperature=0, segment_ids=segments, repetition_penalty=1.8)), 1), text)
+
+
+def test_repetition_penalty_counts_the_last_document():
+    model, ids = unstack(model_of("transformer-nano")), prompt(1, 9)
+    packed = generate(model, ids, 8, temperature=0, repetition_penalty=3.0, segment_ids=[[2, 2, 7, 7, 7, 4, 4, 4, 4]])
+    np.testing.assert_array_equal(packed[:, 9:],
+                                  generate(model, ids[:, 5:], 8, temperature=0, repetition_penalty=3.0)[:, 4:])
+
+
+def test_repetition_penalty_of_an_encoder_decoder_counts_what_is_written():
+    model, source = unstack(model_of("t5-nano")), prompt(1, 7)
+    text = generate(model, source, 8, temperature=0, repetition_penalty=1.5)
+    whole = jax.jit(lambda ids: model(ids, memory=model.encode(jnp.asarray(source))[0]).logits)
+    np.testing.assert_array_equal(text[0], slow_penalty(whole, [model.config.start], 8, 1.5))
+
+
+def test_first_and_last_tokens_can_be_forced():
+    model = unstack(model_of("transformer-nano"))
+    text = np.asarray(generate(model, prompt(2, 4), 6, temperature=0, first=9, last=5))[:, 4:]
+    assert (text[:, 0] == 9).all() and (text[:, -1] == 5).all()
+    begun = np.append(prompt(2, 4), [[9], [9]], 1)
+    np.testing.assert_array_equal(text[:, 1:-1], generate(model, begun, 4, temperature=0)[:, 5:])
+    steps = list(stream(model, prompt(2, 4), 6, temperature=0, first=9, last=5))
+    np.testing.assert_array_equal(np.stack(steps, 1), text)
+    assert generate(model, prompt(1, 4), 1, first=9, last=5)[0, -1] == 5
+    ended = np.asarray(generate(model, prompt(1, 4), 6, temperature=0, first=9, last=5, eos=9))[0, 4:]
+    assert (ended == 9).all()  # a row that has ended stays so
 
 
 def test_nothing_compiles_after_warm_up(caplog):
     model = unstack(model_of("transformer-nano"))
-    settings = lambda i: dict(temperature=0.5 + i / 10, top_p=0.9 - i / 10, rngs=nnx.Rngs(i))
+    settings = lambda i: dict(temperature=0.5 + i / 10, top_p=0.9 - i / 10, min_p=0.1 + i / 100,
+                              repetition_penalty=1 + i / 10, eos=[i, 7], rngs=nnx.Rngs(i))
 
     def compiled(run):
         """The model's programs that `run` compiles (the concatenation of a text of another length is none)."""
@@ -175,6 +236,9 @@ def test_nothing_compiles_after_warm_up(caplog):
     (dict(prompt_ids=np.ones((2, 2), int), segment_ids=np.array([[1, 1], [0, 0]])), "row 1"),
     (dict(max_new_tokens=0), "max_new_tokens = 0"), (dict(temperature=-1.0), "temperature = -1.0"),
     (dict(top_k=257), "top_k = 257"), (dict(top_p=1.5), "top_p = 1.5"), (dict(eos=256), "eos = 256"),
+    (dict(eos=[3, -1]), r"eos = \[3, -1\]"), (dict(eos=1.5), "eos = 1.5"), (dict(first=256), "first = 256"),
+    (dict(last=-2), "last = -2"), (dict(min_p=2.0), "min_p = 2.0"),
+    (dict(repetition_penalty=0.0), "repetition_penalty = 0.0"),
 ])
 def test_bad_input_is_named(wrong, message):
     with pytest.raises(ValueError, match=message):
