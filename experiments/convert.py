@@ -101,10 +101,11 @@ def _by_transformers(folder: Path, ids):
         return None
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    both = transformers.AutoConfig.from_pretrained(folder).is_encoder_decoder
+    config = transformers.AutoConfig.from_pretrained(folder)
+    both = config.is_encoder_decoder
     kind = transformers.AutoModelForSeq2SeqLM if both else transformers.AutoModelForCausalLM
-    # sdpa, because the eager form adds Falcon's ALiBi twice
-    model = kind.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
+    attention = "sdpa" if config.model_type == "falcon" else "eager"  # Falcon's eager form adds ALiBi twice
+    model = kind.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention).eval()
     ids = torch.tensor(ids)
     with torch.no_grad():
         return model(ids, **({"decoder_input_ids": ids} if both else {}), use_cache=False).logits.numpy()
