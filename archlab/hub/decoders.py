@@ -62,7 +62,7 @@ def write_attention(config: LanguageModel) -> dict:
 def read_windows(f: Fields, slides: Callable[[int], bool]) -> list[int | None]:
     """The window of each layer, None where it sees everything. slides: whether layer i has `sliding_window`, where
     `layer_types` is not written."""
-    layers, window = f.take("num_hidden_layers"), f.take("sliding_window")
+    layers, window = f.take("num_hidden_layers"), f.take("sliding_window", 4096)
     types = f.take("layer_types", None) or [SLIDING if window and slides(i) else FULL for i in range(layers)]
     if len(types) != layers or not set(types) <= {FULL, SLIDING}:
         f.refuse(f"layer_types = {types}: must be {layers} times {FULL!r} or {SLIDING!r}, one for each layer")
@@ -73,8 +73,9 @@ def read_windows(f: Fields, slides: Callable[[int], bool]) -> list[int | None]:
 
 def write_windows(config: LanguageModel) -> dict:
     windows = [attention.window for attention in each(config, Attention)]
-    return {"layer_types": [FULL if window is None else SLIDING for window in windows],
-            "sliding_window": next((window for window in windows if window is not None), None)}
+    types = [FULL if window is None else SLIDING for window in windows]
+    used = {} if SLIDING not in types else {"sliding_window": windows[types.index(SLIDING)]}
+    return {"layer_types": types, **used}
 
 
 def write_attention_by_type(config: LanguageModel) -> dict:
@@ -99,11 +100,16 @@ def write_activation(mlp: MLP) -> str:
     return next(theirs for theirs, ours in ACTIVATIONS.items() if ours == mlp.activation)
 
 
-def read_decoder(f: Fields, blocks: list[LayerConfig], norm: LayerConfig, before: tuple = (), **fields) -> LanguageModel:
+def read_decoder(f: Fields, blocks: list[LayerConfig], norm: LayerConfig, before: tuple = (),
+                 **fields) -> LanguageModel:
     """The model of these blocks. before: layers that come first. fields: more of `LanguageModel`'s."""
     body = Sequence(*before, *stack(blocks)[0].layers)
-    return LanguageModel(f.take("vocab_size"), f.take("hidden_size"), body, norm, f.take("tie_word_embeddings"), **fields)
+    vocab, width, tied = f.take("vocab_size"), f.take("hidden_size"), f.take("tie_word_embeddings")
+    return LanguageModel(vocab, width, body, norm, tied, **fields)
 
 
 def write_decoder(config: LanguageModel) -> dict:
-    return {"vocab_size": config.vocab, "hidden_size": config.width, "tie_word_embeddings": config.tied}
+    """Special tokens are null: the model does not know them, and those that families assume may lie outside its
+    vocabulary."""
+    return {"vocab_size": config.vocab, "hidden_size": config.width, "tie_word_embeddings": config.tied,
+            "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
