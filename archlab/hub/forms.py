@@ -6,7 +6,8 @@ from archlab.layers.norms import Norm, Normalise
 from archlab.layers.residual import Residual
 from archlab.layers.sequence import Parallel, Sequence
 
-SEQUENTIAL = {"attention": "layers/0/layer", "mlp": "layers/1/layer", "norm1": "layers/0/before", "norm2": "layers/1/before"}
+SEQUENTIAL = {"attention": "layers/0/layer", "mlp": "layers/1/layer",
+              "norm1": "layers/0/before", "norm2": "layers/1/before"}
 PARALLEL = {"attention": "layer/layers/0", "mlp": "layer/layers/1", "norm1": "before"}
 TWO_NORMS = {"attention": "layer/layers/0/layers/1", "mlp": "layer/layers/1/layers/1",
              "norm1": "layer/layers/0/layers/0/norm", "norm2": "layer/layers/1/layers/0/norm"}
