@@ -71,7 +71,6 @@ def load():
     import archlab
     from archlab import hub
     from archlab.data import load_corpus, tokenizer_from
-    from archlab.hub.text import load_text
     from archlab.inference.text import TextModel
 
     if (FLAGS.checkpoint is None) == (FLAGS.model is None):
@@ -79,7 +78,7 @@ def load():
     if FLAGS.checkpoint is not None and hub.is_huggingface(FLAGS.checkpoint):
         if FLAGS.tokenizer:
             raise ValueError(f"--tokenizer={FLAGS.tokenizer}: a Hugging Face checkpoint has its own")
-        return load_text(FLAGS.checkpoint, ignore=FLAGS.ignore)
+        return hub.load_text(FLAGS.checkpoint, ignore=FLAGS.ignore)
     if FLAGS.checkpoint is not None:
         model = common.load_checkpoint(FLAGS.checkpoint)
         saved = json.loads((Path(FLAGS.checkpoint) / "config.json").read_text())  # of a model alone: without `data`

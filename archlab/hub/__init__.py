@@ -5,5 +5,6 @@ what its tensors are called. The rest is here once, and uses no transformers and
 """
 
 from archlab.hub.checkpoint import is_huggingface, load, save
+from archlab.hub.text import load_text
 
-__all__ = ["is_huggingface", "load", "save"]
+__all__ = ["is_huggingface", "load", "load_text", "save"]

@@ -1,6 +1,6 @@
 """Text from a checkpoint folder: model, tokenizer, and the settings it is meant to be used with.
 
-    text = load_text("Llama-3.2-1B-Instruct")
+    text = archlab.hub.load_text("Llama-3.2-1B-Instruct")
     text.generate("Once upon a time", max_new_tokens=50, temperature=0.7)
 """
 

@@ -11,7 +11,7 @@ from flax import nnx
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 import archlab
-from archlab.hub.text import load_text
+from archlab.hub import load_text
 
 ROOT = Path(__file__).parent.parent.parent
 FIXTURES = Path(__file__).parent / "fixtures"
