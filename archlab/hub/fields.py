@@ -79,6 +79,14 @@ class Fields:
             self.refuse(f"{self.where}{name} = {value!r} is not supported; {' or '.join(map(repr, supported))} is")
         return value
 
+    def positive(self, name: str, default: Any = _MISSING) -> int | float:
+        """The value of a field that must be a number above 0."""
+        value = self.take(name, default)
+        if not isinstance(value, int | float) or value <= 0:
+            self.refuse(f"{self.where}{name} = {_short(value)}: must be a number above 0")
+            return 1
+        return value
+
     def choose(self, name: str, table: dict, default: Any = _MISSING) -> Any:
         """The translation of a field's value by `table`."""
         value = self.take(name, default)
