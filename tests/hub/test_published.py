@@ -144,11 +144,13 @@ def test_positions_of_full_and_of_sliding_layers_in_the_older_spelling():
     ({"model_type": "olmo3", "rope_parameters": {"rope_theta": 100.0}}, "rope_parameters.rope_theta = 100.0"),
     ({"model_type": "gemma2", "layer_types": ["chunked_attention"] * 6}, "layer_types = .*chunked_attention"),
     ({"model_type": "gemma2", "sliding_window_size": 7}, "sliding_window_size = 7 is not supported"),
+    ({"model_type": "gemma2", "query_pre_attn_scalar": 0}, "query_pre_attn_scalar = 0: must"),
+    ({"model_type": "gemma3_text", "sliding_window_pattern": None}, "sliding_window_pattern = None: must"),
     ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "use_bidirectional_attention = True"),
     ({"model_type": "gemma3_text", "attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0"),
     ({"model_type": "phi3", "rope_scaling": {"type": "linear", "factor": 2.0}}, "LinearScaling"),
     ({"model_type": "phi3", "attention_bias": True}, "attention_bias = True"),
-    ({"model_type": "granite", "logits_scaling": 0}, "division by zero"),
+    ({"model_type": "granite", "logits_scaling": 0}, "logits_scaling = 0.0: must be a number above 0"),
     ({"model_type": "smollm3", "no_rope_layers": [1, 0]}, "no_rope_layers = .* must be 6 numbers"),
 ])
 def test_what_cannot_be_computed_is_refused(fields, words):

@@ -21,7 +21,7 @@ def read(f):
     f.only("use_bidirectional_attention", None, False)
     f.only("sliding_window_size", None, f.take("sliding_window"), default=None)  # the first files say it twice
     f.take("hidden_act", None)  # and have this from Gemma, which hidden_activation overrules
-    attention = read_attention(f, bias=bias, out_bias=bias, scale=f.take("query_pre_attn_scalar") ** -0.5,
+    attention = read_attention(f, bias=bias, out_bias=bias, scale=f.positive("query_pre_attn_scalar") ** -0.5,
                                cap=f.take("attn_logit_softcapping"))
     mlp = Residual(read_mlp(f, activation="hidden_activation"), norm, norm)
     blocks = [Sequence(Residual(attention.set("window", window), norm, norm), mlp)

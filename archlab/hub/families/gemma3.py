@@ -21,13 +21,14 @@ def read(f):
     f.only("use_bidirectional_attention", None, False)
     f.only("attn_logit_softcapping", None)
     f.take("_sliding_window_pattern", None)  # as transformers derived it; layer_types is written beside it
-    local, pattern = f.take("rope_local_base_freq", 1e4), f.take("sliding_window_pattern", 6)
+    local, pattern = f.take("rope_local_base_freq", 1e4), f.positive("sliding_window_pattern", 6)
     positions = read_rotary_by_type(f, read_sizes(f)["head_size"], full=1e6, sliding=local)
+    scale = f.positive("query_pre_attn_scalar") ** -0.5
     mlp = Residual(read_mlp(f, activation="hidden_activation"), norm, norm)
 
     def block(window):
         attention = read_attention(f, positions=positions[SLIDING if window else FULL], window=window, bias=bias,
-                                   out_bias=bias, qk_norm=QKNorm(norm), scale=f.take("query_pre_attn_scalar") ** -0.5)
+                                   out_bias=bias, qk_norm=QKNorm(norm), scale=scale)
         return Sequence(Residual(attention, norm, norm), mlp)
 
     blocks = [block(window) for window in read_windows(f, slides=lambda i: (i + 1) % pattern)]

@@ -21,7 +21,7 @@ def read(f):
     attention = read_attention(f, bias=bias, out_bias=bias, scale=f.take("attention_multiplier"))
     block = Sequence(Residual(attention, norm, scale=scale),
                      Residual(read_mlp(f, bias=f.take("mlp_bias")), norm, scale=scale))
-    return read_decoder(f, [block] * f.take("num_hidden_layers"), norm, logit_scale=1 / f.take("logits_scaling"),
+    return read_decoder(f, [block] * f.take("num_hidden_layers"), norm, logit_scale=1 / f.positive("logits_scaling"),
                         embedding_scale=f.take("embedding_multiplier"))
 
 

@@ -19,7 +19,8 @@ DEFAULTS = dict(vocab_size=128256, hidden_size=2048, intermediate_size=11008, nu
 def read(f):
     norm, bias = RMSNorm(f.take("rms_norm_eps")), f.take("attention_bias")
     rotary, mlp = read_rotary(f, read_sizes(f)["head_size"], base=2e6), read_mlp(f, bias=f.take("mlp_bias"))
-    used, interval, layers = f.take("use_sliding_window"), f.take("no_rope_layer_interval"), f.take("num_hidden_layers")
+    used, interval = f.take("use_sliding_window"), f.positive("no_rope_layer_interval")
+    layers = f.take("num_hidden_layers")
     turned = f.take("no_rope_layers") or [(i + 1) % interval != 0 for i in range(layers)]  # 1 where rope IS used
     f.take("max_window_layers", None)  # of Qwen; the hub's file has it, and nothing reads it
     if len(turned) < layers:
