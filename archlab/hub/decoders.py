@@ -53,10 +53,11 @@ def write_sizes(config: LanguageModel) -> dict:
             "head_dim": first.head_size or config.width // first.heads, "num_hidden_layers": len(attentions)}
 
 
-def write_attention(config: LanguageModel) -> dict:
+def write_attention(config: LanguageModel, partial: bool = False) -> dict:
+    """partial: as in `write_rotary`."""
     sizes = write_sizes(config)
     rotary = next((a.positions for a in each(config, Attention) if isinstance(a.positions, Rotary)), None)
-    return {**sizes, **(write_rotary(rotary, sizes["head_dim"]) if rotary else {})}
+    return {**sizes, **(write_rotary(rotary, sizes["head_dim"], partial) if rotary else {})}
 
 
 def read_windows(f: Fields, slides: Callable[[int], bool]) -> list[int | None]:

@@ -23,10 +23,10 @@ FOREIGN = 1000  # more than any number of fields in which a config of a family's
 class Blocks:
     """The blocks of one body of the model.
 
-    names: {path in our block: name in theirs}, see `layout.rules`; a function of the config where it decides. prefix: what stands before these names; {i} is the
-    number of the block. body: the model's field with the `Sequence` of ours; those of its children that `Family.outer`
-    names are no blocks. inputs_first: matrices are stored as [inputs, outputs], as GPT-2's Conv1D has them and torch's
-    Linear has not.
+    names: {path in our block: name in theirs}, see `layout.rules`; a function of the config where it decides.
+    prefix: what stands before these names; {i} is the number of the block. body: the model's field with the `Sequence`
+    of ours; those of its children that `Family.outer` names are no blocks. inputs_first: matrices are stored as
+    [inputs, outputs], as GPT-2's Conv1D has them and torch's Linear has not.
     """
 
     names: dict | Callable[[LanguageModel], dict]

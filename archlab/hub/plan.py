@@ -106,6 +106,8 @@ def compare(wanted: dict[str, Stored], tensors: Tensors, family: Family, tied: b
             lines.append(f"{name} holds {tensor.kind}, which are no floating-point numbers that can be read")
         elif tensor.shape != stored.shape:
             lines.append(f"{name} is {list(tensor.shape)}, must be {list(stored.shape)}")
+    lines += [f"{name} differs from {names[table]}: a model has one embedding" for name in copies
+              if names[table] in tensors.found and not tensors.same(name, names[table])]
     known = {*names.values(), *copies}
     unneeded = lambda name: any(fnmatch.fnmatchcase(f".{name}", pattern) for pattern in BUFFERS + family.buffers)
     lines += [f"not expected: {name} {list(tensors.found[name].shape)}" for name in tensors.found

@@ -81,11 +81,12 @@ def _read_scaling(fields: Fields, rope: Fields):
                       if value is not None and name in allowed})
 
 
-def write_rotary(rotary: Rotary, head_size: int) -> dict:
-    """The fields of config.json that say `rotary`, in both spellings."""
+def write_rotary(rotary: Rotary, head_size: int, partial: bool = False) -> dict:
+    """The fields of config.json that say `rotary`, in both spellings. partial: for a family that turns only a part of
+    the channels where it is not told."""
     values = {"rope_theta": rotary.base}
-    if rotary.size is not None:
-        values["partial_rotary_factor"] = rotary.size / head_size
+    if partial or rotary.size is not None:
+        values["partial_rotary_factor"] = (rotary.size or head_size) / head_size
     if rotary.scaling is None:
         return {**values, "rope_parameters": {"rope_type": "default", **values}}
     kind, names = next((kind, names) for kind, (ours, names) in SCALINGS.items() if ours is type(rotary.scaling))
