@@ -36,8 +36,9 @@ def read(f):
 
 
 def write(config):
-    return {**write_decoder(config), **write_attention(config), **write_mlp(config), "layer_norm_eps": config.norm.eps,
-            "use_parallel_residual": bool(each(config, Parallel)), "attention_bias": each(config, Attention)[0].bias}
+    return {**write_decoder(config), **write_attention(config, partial=True), **write_mlp(config),
+            "layer_norm_eps": config.norm.eps, "attention_bias": each(config, Attention)[0].bias,
+            "use_parallel_residual": bool(each(config, Parallel))}
 
 
 FAMILY = Family(("gpt_neox",), "GPTNeoXForCausalLM", DEFAULTS, read, write, OUTER,
