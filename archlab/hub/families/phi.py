@@ -31,8 +31,8 @@ def read(f):
 
 
 def write(config):
-    return {**write_decoder(config), **write_attention(config), **write_mlp(config), "layer_norm_eps": config.norm.eps,
-            "qk_layernorm": each(config, Attention)[0].qk_norm is not None}
+    return {**write_decoder(config), **write_attention(config, partial=True), **write_mlp(config),
+            "layer_norm_eps": config.norm.eps, "qk_layernorm": each(config, Attention)[0].qk_norm is not None}
 
 
 FAMILY = Family(("phi",), "PhiForCausalLM", DEFAULTS, read, write, OUTER, (Blocks(BLOCK),))
