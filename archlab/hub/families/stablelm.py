@@ -35,9 +35,9 @@ def read(f):
 
 def write(config):
     attention = each(config, Attention)[0]
-    return {**write_decoder(config), **write_attention(config), **write_mlp(config), "layer_norm_eps": config.norm.eps,
-            "use_qkv_bias": attention.bias, "qk_layernorm": attention.qk_norm is not None,
-            "use_parallel_residual": bool(each(config, Parallel))}
+    return {**write_decoder(config), **write_attention(config, partial=True), **write_mlp(config),
+            "layer_norm_eps": config.norm.eps, "use_qkv_bias": attention.bias,
+            "qk_layernorm": attention.qk_norm is not None, "use_parallel_residual": bool(each(config, Parallel))}
 
 
 FAMILY = Family(("stablelm",), "StableLmForCausalLM", DEFAULTS, read, write, OUTER, (Blocks(BLOCK),))
