@@ -14,10 +14,11 @@ from archlab.layers.repeat import stack
 from archlab.layers.residual import Residual
 from archlab.layers.sequence import Sequence
 
-DEFAULTS = dict(vocab_size=32128, hidden_size=512, head_dim=64, d_ff=2048, num_hidden_layers=6, num_decoder_layers=None,
-                num_attention_heads=8, relative_attention_num_buckets=32, relative_attention_max_distance=128,
-                layer_norm_epsilon=1e-6, feed_forward_proj="relu", is_encoder_decoder=True, decoder_start_token_id=0)
-MT5 = dict(vocab_size=250112, d_ff=1024, num_hidden_layers=8, num_attention_heads=6, feed_forward_proj="gated-gelu")
+DEFAULTS = dict(hidden_size=512, head_dim=64, num_decoder_layers=None, relative_attention_num_buckets=32,
+                relative_attention_max_distance=128, layer_norm_epsilon=1e-6, is_encoder_decoder=True)
+OWN = {"t5": dict(vocab_size=32128, d_ff=2048, num_hidden_layers=6, num_attention_heads=8, feed_forward_proj="relu"),
+       "mt5": dict(vocab_size=250112, d_ff=1024, num_hidden_layers=8, num_attention_heads=6,
+                   feed_forward_proj="gated-gelu")}
 SPELLING = dict(hidden_size="d_model", head_dim="d_kv", num_hidden_layers="num_layers", num_attention_heads="num_heads",
                 max_position_embeddings="n_positions")
 FORMS = {"relu": ("relu", False), "gated-gelu": ("gelu_tanh", True)}  # unlike "gelu", its approximation
@@ -49,8 +50,8 @@ DECODER = Blocks(names("SelfAttention", "EncDecAttention", "DenseReluDense"), "d
 
 
 def read(f):
-    multilingual = f.take("model_type", "t5") == "mt5"
-    f.defaults = f.defaults | (MT5 if multilingual else {})
+    kind = f.take("model_type")
+    f.defaults = DEFAULTS | OWN[kind]
     f.only("is_encoder_decoder", True)
     f.take("max_position_embeddings", None)  # of the texts it was trained on
     activation, gated = f.choose("feed_forward_proj", FORMS)
@@ -68,10 +69,10 @@ def read(f):
         return Sequence(table, *stack([Sequence(attend, *look, mlp)] * layers)[0].layers)
 
     layers, tied, width = f.take("num_hidden_layers"), f.take("tie_word_embeddings", True), f.take("hidden_size")
-    scaled = f.take("scale_decoder_outputs", tied) and not multilingual
+    scaled = f.take("scale_decoder_outputs", tied) and kind == "t5"
     return EncoderDecoder(f.take("vocab_size"), width, side(f.take("num_decoder_layers") or layers, True), norm, tied,
                           logit_scale=width**-0.5 if scaled else 1.0, encoder=side(layers, False), encoder_norm=norm,
-                          start=f.take("decoder_start_token_id"))
+                          start=f.take("decoder_start_token_id", 0))
 
 
 def write(config):
