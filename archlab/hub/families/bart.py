@@ -1,4 +1,4 @@
-"""BART (arXiv:1910.13461): an encoder and a decoder with norms after the branches, learned positions, biases everywhere."""
+"""BART (arXiv:1910.13461): an encoder and a decoder with norms after the branches and learned positions."""
 
 import math
 
@@ -23,7 +23,8 @@ DEFAULTS = dict(vocab_size=50265, hidden_size=1024, max_position_embeddings=1024
 FIXED = dict(normalize_before=False, normalize_embedding=True, add_final_layer_norm=False, add_bias_logits=False,
              static_position_embeddings=False, extra_pos_embeddings=OFFSET)
 TRAINING = ("activation_dropout", "classif_dropout", "decoder_layerdrop", "encoder_layerdrop",
-            "force_bos_token_to_be_generated", "init_std", "num_hidden_layers", "save_step")
+            "force_bos_token_to_be_generated", "init_std", "num_hidden_layers", "replacing_rate", "save_step",
+            "student_decoder_layers", "student_encoder_layers")
 
 OUTER = {"embed/table": "model.shared.weight", "head/weight": "lm_head.weight", "head_bias": Row("final_logits_bias"),
          "{encoder,body}/layers/0/table": "model.{encoder,decoder}.embed_positions.weight",
@@ -42,6 +43,7 @@ def read(f):
     for name, value in FIXED.items():  # written in files, and taken for granted
         f.only(name, value, default=value)
     f.only("is_encoder_decoder", True)
+    f.only("tie_word_embeddings", True)  # in others, encoder and decoder have embeddings of their own
     for name in TRAINING:
         f.take(name, None)
     activation, width = f.choose("activation_function", ACTIVATIONS), f.take("hidden_size")
@@ -56,8 +58,8 @@ def read(f):
         return Sequence(places, Normalise(NORM), *stack([block] * f.take(f"{name}_layers"))[0].layers)
 
     scale = math.sqrt(width) if f.take("scale_embedding") else 1.0
-    return EncoderDecoder(f.take("vocab_size"), width, side("decoder", True), None, f.take("tie_word_embeddings"),
-                          embedding_scale=scale, head_bias=True, encoder=side("encoder", False), encoder_norm=None,
+    return EncoderDecoder(f.take("vocab_size"), width, side("decoder", True), None, embedding_scale=scale,
+                          head_bias=True, encoder=side("encoder", False), encoder_norm=None,
                           start=f.take("decoder_start_token_id"))
 
 
