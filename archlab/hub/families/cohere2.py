@@ -21,7 +21,10 @@ FIXED = dict(use_qk_norm=False, rotary_pct=1.0, position_embedding_type="rope_gp
 def read(f):
     for name, value in FIXED.items():  # written in files, and taken for granted
         f.only(name, value, default=value)
+    f.take("use_parallel_embedding", None)  # across devices
     norm, bias = LayerNorm(f.take("layer_norm_eps"), bias=False), f.take("attention_bias")
+    if "layer_types" not in f and not f.take("sliding_window"):
+        f.refuse("sliding_window = null is not supported; a number of places is")
     pattern = f.take("sliding_window_pattern", 4)
     f.only("layer_switch", pattern, default=pattern)
     rotary = read_rotary(f, read_sizes(f)["head_size"], base=500000.0, interleaved=True)
