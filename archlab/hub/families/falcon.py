@@ -46,7 +46,9 @@ def read(f):
     rotary = read_rotary(f, size)  # transformers 5 writes its fields with ALiBi too
     positions = ALiBi(size**-0.5) if f.take("alibi") else rotary
     attention = Attention(heads, kv_heads, size, positions, bias=bias, out_bias=bias)
-    mlp = MLP(f.take("ffn_hidden_size") or 4 * width, f.choose("activation", ACTIVATIONS), bias=bias)
+    hidden = f.take("ffn_hidden_size") or 4 * width
+    f.only("ff_factor", None, hidden / width, default=None)
+    mlp = MLP(hidden, f.choose("activation", ACTIVATIONS), bias=bias)
     return read_decoder(f, [form(attention, mlp, norm)] * f.take("num_hidden_layers"), norm)
 
 
