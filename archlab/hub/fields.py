@@ -13,7 +13,7 @@ HARMLESS = frozenset("""
     classifier_dropout_prob dropout dropout_rate embd_dropout embd_pdrop embedding_dropout emb_pdrop ffn_dropout
     hidden_dropout hidden_dropout_prob resid_dropout resid_pdrop residual_dropout
     init_device initializer_factor initializer_range embedding_initializer_range
-    gradient_checkpointing max_position_embeddings max_sequence_length model_max_length n_ctx
+    custom_pipelines gradient_checkpointing max_position_embeddings max_sequence_length model_max_length n_ctx
     original_max_position_embeddings seq_length use_cache cache_implementation
     bos_token_id cls_token_id decoder_start_token_id eos_token_id forced_bos_token_id forced_eos_token_id mask_token_id
     pad_token_id sep_token_id unk_token_id
