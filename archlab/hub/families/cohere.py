@@ -28,7 +28,7 @@ def read(f):
     qk_norm = QKNorm(norm, per_head=True) if f.take("use_qk_norm") else None
     attention = read_attention(f, positions=rotary, bias=bias, out_bias=bias, qk_norm=qk_norm)
     blocks = [parallel(attention, read_mlp(f), norm)] * f.take("num_hidden_layers")
-    return read_decoder(f, blocks, norm, logit_scale=f.take("logit_scale"))
+    return read_decoder(f, blocks, norm, logit_scale=f.positive("logit_scale"))
 
 
 def write(config):

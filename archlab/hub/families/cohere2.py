@@ -25,13 +25,13 @@ def read(f):
     norm, bias = LayerNorm(f.take("layer_norm_eps"), bias=False), f.take("attention_bias")
     if "layer_types" not in f and not f.take("sliding_window"):
         f.refuse("sliding_window = null is not supported; a number of places is")
-    pattern = f.take("sliding_window_pattern", 4)
+    pattern = f.positive("sliding_window_pattern", 4)
     f.only("layer_switch", pattern, default=pattern)
     rotary = read_rotary(f, read_sizes(f)["head_size"], base=500000.0, interleaved=True)
     mlp = read_mlp(f)
     blocks = [parallel(read_attention(f, positions=rotary if window else None, window=window, bias=bias, out_bias=bias),
                        mlp, norm) for window in read_windows(f, lambda i: (i + 1) % pattern > 0)]
-    return read_decoder(f, blocks, norm, logit_scale=f.take("logit_scale"))
+    return read_decoder(f, blocks, norm, logit_scale=f.positive("logit_scale"))
 
 
 def write(config):
