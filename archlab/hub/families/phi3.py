@@ -28,7 +28,6 @@ def read(f):
     for field, value in (("attention_bias", False), ("mlp_bias", False), ("lm_head_bias", False), ("full_attn_mod", 1),
                          ("interpolate_factor", 1)):  # of the files' own code
         f.only(field, value, default=value)
-    f.take("original_max_position_embeddings")  # written where nothing is stretched, too
     attention = read_attention(f, positions=positions, window=f.take("sliding_window"))
     return read_decoder(f, [sequential(attention, read_mlp(f), norm)] * f.take("num_hidden_layers"), norm)
 
