@@ -35,7 +35,8 @@ class EncoderDecoder(LanguageModel):
     def __post_init__(self):
         super().__post_init__()
         require(isinstance(self.encoder, LayerConfig), self, "encoder", "must be a layer config")
-        require(0 <= self.start < self.vocab, self, "start", f"must be a token of the vocabulary, from 0 to {self.vocab - 1}")
+        require(0 <= self.start < self.vocab, self, "start",
+                f"must be a token of the vocabulary, from 0 to {self.vocab - 1}")
         self.encoder.check(self.width)
 
     def build(self, rngs: nnx.Rngs) -> "EncoderDecoderModel":

@@ -65,8 +65,7 @@ def main() -> None:
     for i, column in enumerate(rows[0]):
         table.add_column(column.replace("_", " "), justify="right" if i else "left")
     for row in rows:
-        table.add_row(*("" if v is None else f"{v:,.1f}" if isinstance(v, float) else f"{v:,}" if isinstance(v, int) else v
-                        for v in row.values()))
+        table.add_row(row["form"], f"{row['T']:,}", *("" if v is None else f"{v:,.1f}" for v in list(row.values())[2:]))
     Console(width=160).print(table)
     print(f"{folder}/attention.csv, {folder}/attention.png")
 
@@ -80,8 +79,8 @@ def forms() -> dict:
     from archlab.attention.sparse import BigBird, Longformer
 
     return {"full": Attention(HEADS), "jax": Attention(HEADS), "window": Attention(HEADS, window=WINDOW),
-            "longformer": Longformer(HEADS, window=WINDOW), "bigbird": BigBird(HEADS), "linformer": CausalLinformer(HEADS),
-            "linear": LinearAttention(HEADS), "performer": Performer(HEADS)}
+            "longformer": Longformer(HEADS, window=WINDOW), "bigbird": BigBird(HEADS),
+            "linformer": CausalLinformer(HEADS), "linear": LinearAttention(HEADS), "performer": Performer(HEADS)}
 
 
 def layer(name: str):

@@ -28,7 +28,7 @@ flags.DEFINE_string("dtype", None, "Compute dtype: bfloat16 or float32.")
 flags.DEFINE_integer("batch", 8, "Rows of a training step.")
 flags.DEFINE_integer("context", 512, "Tokens a row of a training step.")
 flags.DEFINE_integer("steps", 5, "Training steps behind each median; 0 for none.")
-flags.DEFINE_list("contexts", ["1024", "4096"], "Prompt lengths at which prefill and decoding are timed; empty for none.")
+flags.DEFINE_list("contexts", ["1024", "4096"], "Prompt lengths at which prefill and decoding are timed; or empty.")
 flags.DEFINE_list("decode_batches", ["1"], "Rows at which decoding is timed.")
 flags.DEFINE_integer("new_tokens", 64, "Tokens generated after each prompt.")
 flags.DEFINE_integer("repeats", 3, "Generations behind each median.")
@@ -152,8 +152,8 @@ def generation_row(name: str, config, batch: int, context: int, peer) -> dict:
         theirs += [peer.generate(batch, context, FLAGS.new_tokens)] if peer else []
     first, each = (statistics.median(getattr(t, field) for t in ours) for field in ("first_token", "per_token"))
     row = {"model": name, "what": f"decode {batch} after {context:,}", "tokens_per_second": batch / each,
-           "compile_seconds": ours[0].compile, "memory_MB": state_bytes(config, context + FLAGS.new_tokens, batch) / 1e6,
-           "TTFT_ms": 1e3 * first, "TPOT_ms": 1e3 * each}
+           "compile_seconds": ours[0].compile, "TTFT_ms": 1e3 * first, "TPOT_ms": 1e3 * each,
+           "memory_MB": state_bytes(config, context + FLAGS.new_tokens, batch) / 1e6}
     if peer:
         their_first, their_each = (statistics.median(column) for column in zip(*theirs))
         row |= {"peer_tokens_per_second": batch / their_each, "ratio": their_each / each,

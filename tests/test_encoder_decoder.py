@@ -20,7 +20,8 @@ from tests.helpers import cast, jittered, tokens_of
 D = 16
 
 
-@pytest.mark.parametrize("config", [CrossAttention(4), CrossAttention(4, kv_heads=2, head_size=6, bias=True, out_bias=True, scale=1.0)])
+@pytest.mark.parametrize("config", [
+    CrossAttention(4), CrossAttention(4, kv_heads=2, head_size=6, bias=True, out_bias=True, scale=1.0)])
 def test_cross_attention_is_the_papers(float64, config):
     """Each token: a softmax over all the memory of its own document; a token whose document has none reads nothing."""
     module = cast(jittered(config.build(nnx.Rngs(0), Place(D))), jnp.float64)

@@ -78,8 +78,8 @@ class CrossAttentionModule(Layer):
 
     def read(self, memory: Memory) -> CrossState:
         """A memory's keys and values."""
-        key, value = (self._heads(memory.values, *pair) for pair in ((self.key, self.key_bias), (self.value, self.value_bias)))
-        return CrossState(key, value, memory.segments)
+        key = self._heads(memory.values, self.key, self.key_bias)
+        return CrossState(key, self._heads(memory.values, self.value, self.value_bias), memory.segments)
 
     def __call__(self, x, tokens: Tokens, state: CrossState | None = None):
         if state is None and tokens.memory is None:
@@ -88,7 +88,8 @@ class CrossAttentionModule(Layer):
         q = self._heads(x, self.query, self.query_bias)
         queries = Places(tokens.segments, tokens.positions)
         keys = Places(read.segments, jnp.zeros_like(read.segments))
-        args = q, read.keys.astype(q.dtype), read.values.astype(q.dtype), queries, keys, Rules(Sight(causal=False), self.scale)
+        rules = Rules(Sight(causal=False), self.scale)
+        args = q, read.keys.astype(q.dtype), read.values.astype(q.dtype), queries, keys, rules
         y = attend_plain(*args) if q.shape[2] <= BLOCK else attend_blocks(*args, ordered=False)
         return add_bias(project(y, self.out, "BHTK,HKD->BTD"), self.out_bias), state, Aux()
 

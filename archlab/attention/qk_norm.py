@@ -1,8 +1,8 @@
 """QK-norm: queries and keys of a bounded size, so that scores cannot grow without end (arXiv:2302.05442).
 
-The published forms differ in what is normalised together and in whose gains: Qwen 3 and Gemma 3 norm each head and share
-one gain; StableLM and Cohere give every head its own; OLMo 2 norms all heads as one vector; Llama 4 norms after the
-rotation, without gains.
+The published forms differ in what is normalised together and in whose gains: Qwen 3 and Gemma 3 norm each head and
+share one gain; StableLM and Cohere give every head its own; OLMo 2 norms all heads as one vector; Llama 4 norms after
+the rotation, without gains.
 """
 
 import flax.nnx as nnx

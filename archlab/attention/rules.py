@@ -38,14 +38,15 @@ class Sight(NamedTuple):
         return min((n for n in (self.window, self.chunk) if n is not None), default=None)
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["bias", "sinks"], meta_fields=["sight", "scale", "cap"])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["bias", "sinks"],
+                   meta_fields=["sight", "scale", "cap"])
 @dataclasses.dataclass(frozen=True)
 class Rules:
     """What becomes of the scores: `scale`, then the soft cap, then the bias, then the mask of `sight`.
 
-    scale: multiplies q k^T; None for K^-0.5. cap: `cap tanh(score / cap)` (Gemma 2, arXiv:2408.00118). bias: called with
-    distances [B, T, S] (query's place less key's), gives [B or 1, H, T, S]. sinks [H]: one more score per head, which
-    takes its share of the softmax and gives nothing (Xiao et al. 2023, arXiv:2309.17453, as learned in gpt-oss).
+    scale: multiplies q k^T; None for K^-0.5. cap: `cap tanh(score / cap)` (Gemma 2, arXiv:2408.00118). bias: called
+    with distances [B, T, S] (query's place less key's), gives [B or 1, H, T, S]. sinks [H]: one more score per head,
+    which takes its share of the softmax and gives nothing (Xiao et al. 2023, arXiv:2309.17453, as learned in gpt-oss).
     """
 
     sight: Sight = Sight()

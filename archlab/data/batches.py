@@ -23,8 +23,8 @@ Tokenizer = ByteTokenizer | BpeTokenizer
 class Batch:
     """Rows of text for one step, and what is to be predicted.
 
-    `weights` is 1 where the target is the next token of the input's own document; elsewhere it is 0. `source` is what an
-    encoder reads, where there is one.
+    `weights` is 1 where the target is the next token of the input's own document; elsewhere it is 0. `source` is what
+    an encoder reads, where there is one.
     """
 
     ids: Int32[np.ndarray, "B T"]

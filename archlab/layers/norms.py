@@ -42,7 +42,8 @@ class RMSNorm(Norm):
 
 
 class LayerNorm(Norm):
-    """`(x - mean) / std * scale + bias` (Ba et al. 2016, arXiv:1607.06450); without either, OLMo's (arXiv:2402.00838)."""
+    """`(x - mean) / std * scale + bias` (Ba et al. 2016, arXiv:1607.06450). Without either it is OLMo's
+    (arXiv:2402.00838)."""
 
     eps: float = 1e-5
     bias: bool = True

@@ -6,7 +6,7 @@
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from archlab.layers.alphabet import fan_in_normal, parameter
 from archlab.layers.config import LayerConfig, require

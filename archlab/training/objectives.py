@@ -16,7 +16,7 @@ from archlab.encoder_decoder import EncoderDecoder
 from archlab.layers.contract import Aux, Training
 from archlab.model import LanguageModel, Model, Output
 
-HIDDEN, MASKED, CHANGED = 0.15, 0.8, 0.1  # shares: of tokens asked for; of those, shown as the mask, or as another token
+HIDDEN, MASKED, CHANGED = 0.15, 0.8, 0.1  # shares: of tokens asked for; of those, shown as the mask, or as another
 
 
 def objective(config: LanguageModel) -> str:

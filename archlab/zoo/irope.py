@@ -1,5 +1,5 @@
-"""iRoPE, the attention of Llama 4: three layers that see their own chunk of the text, with rotary positions, to one that
-sees all of it and has none, whose queries grow with the length of the text.
+"""iRoPE, the attention of Llama 4: three layers that see their own chunk of the text, with rotary positions, to one
+that sees all of it and has none, whose queries grow with the length of the text.
 
 Known from its released code (2025). The turned queries and keys are normed, without gains. Llama 4 itself has experts
 for its MLPs; these are dense.

@@ -22,8 +22,8 @@ def t5(vocab, width, layers, heads, hidden, head_size=None, gated=False):
         block = Sequence(Residual(attend), *read, Residual(GeGLU(hidden) if gated else MLP(hidden, "relu")))
         return Sequence(RelativeBias(heads, causal=causal), Repeat(block, layers))
 
-    logit_scale = 1.0 if gated else width**-0.5
-    return EncoderDecoder(vocab, width, side(causal=True), tied=not gated, logit_scale=logit_scale, encoder=side(causal=False))
+    return EncoderDecoder(vocab, width, side(causal=True), tied=not gated, logit_scale=1.0 if gated else width**-0.5,
+                          encoder=side(causal=False))
 
 
 VOCAB = 32128

@@ -80,7 +80,8 @@ def reference(config: Attention, w, x, segments, positions):
     Attention(4, cap=0.7, scale=1.3, clip=0.5), Attention(4, 2, causal=False), Attention(2, causal=False, window=3),
     Attention(4, 2, qk_norm=QKNorm(over="all"), chunk=5, sinks=True, cap=2.0),
     Attention(4, 2, qk_norm=QKNorm(LayerNorm(bias=False), per_head=True)),
-    Attention(2, qk_norm=QKNorm(RMSNorm(gain=False), after=True)), Attention(4, 2, qk_norm=QKNorm(L2Norm(), per_head=True)),
+    Attention(2, qk_norm=QKNorm(RMSNorm(gain=False), after=True)),
+    Attention(4, 2, qk_norm=QKNorm(L2Norm(), per_head=True)),
     Attention(2, qk_norm=QKNorm(RMSNorm(centred=True, eps=0.1))), Attention(2, qk_norm=QKNorm(LayerNorm())),
 ], ids=str)
 def test_attention_is_the_papers(float64, config):
@@ -199,8 +200,9 @@ def test_ring_cache_holds_the_window_and_no_more():
 
 
 @pytest.mark.parametrize("fields, told", [
-    ({"heads": 0}, "heads = 0"), ({"heads": 4, "kv_heads": 3}, "kv_heads = 3"), ({"heads": 2, "window": 0}, "window = 0"),
-    ({"heads": 2, "chunk": 0}, "chunk = 0"), ({"heads": 2, "cap": 0.0}, "cap = 0.0"), ({"heads": 2, "clip": -1.0}, "clip"),
+    ({"heads": 0}, "heads = 0"), ({"heads": 4, "kv_heads": 3}, "kv_heads = 3"),
+    ({"heads": 2, "window": 0}, "window = 0"), ({"heads": 2, "chunk": 0}, "chunk = 0"),
+    ({"heads": 2, "cap": 0.0}, "cap = 0.0"), ({"heads": 2, "clip": -1.0}, "clip = -1.0"),
     ({"heads": 2, "qk_norm": True}, "qk_norm = True"), ({"heads": 2, "positions": "rope"}, "positions = 'rope'"),
 ])
 def test_bad_fields_are_named(fields, told):

@@ -40,7 +40,8 @@ def test_sinusoids_are_the_papers(float64, interleaved):
     for b, t, j in np.ndindex(2, 8, 3):
         angle = int(tokens.positions[b, t]) / 50.0 ** (2 * j / 6)
         sine, cosine = (2 * j, 2 * j + 1) if interleaved else (j, j + 3)
-        np.testing.assert_allclose([y[b, t, sine], y[b, t, cosine]], [math.sin(angle) / 2, math.cos(angle) / 2], rtol=1e-12)
+        want = [math.sin(angle) / 2, math.cos(angle) / 2]
+        np.testing.assert_allclose([y[b, t, sine], y[b, t, cosine]], want, rtol=1e-12)
 
 
 def test_beyond_the_table():
