@@ -34,9 +34,11 @@ SANDWICH = ATTENTION | MLP_NAMES | {  # norms around the branches (Gemma 2), or 
 
 def read_sizes(f: Fields) -> dict:
     """heads, kv_heads and head_size of `Attention`."""
-    heads = f.take("num_attention_heads")
+    heads, width, size = f.positive("num_attention_heads"), f.take("hidden_size"), f.take("head_dim", None)
+    if not size and width % heads:
+        f.refuse(f"num_attention_heads = {heads}: must divide the width {width}")
     return {"heads": heads, "kv_heads": f.take("num_key_value_heads", None) or heads,
-            "head_size": f.take("head_dim", None) or f.take("hidden_size") // heads}
+            "head_size": size or width // heads}
 
 
 def read_attention(f: Fields, **fields) -> Attention:

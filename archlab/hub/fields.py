@@ -111,14 +111,18 @@ class Fields:
             self.problems.append(problem)
 
     def all_problems(self) -> list[str]:
-        """What is wrong here and inside, and every field that was not read and is not known to be harmless."""
+        """What is wrong here and inside."""
+        return self.problems + [line for f in self.inner.values() for line in f.all_problems()]
+
+    def all_unread(self) -> list[str]:
+        """Every field, here and inside, that was not read and is not known to be harmless."""
         unread = [f"{self.where}{name} = {_short(value)} is not understood" for name, value in self.values.items()
                   if name not in self.used and name not in HARMLESS and value not in INERT.get(name, ())]
-        return self.problems + unread + [line for f in self.inner.values() for line in f.all_problems()]
+        return unread + [line for f in self.inner.values() for line in f.all_unread()]
 
-    def finish(self, *more: str) -> None:
-        """ValueError listing `all_problems`, and `more`."""
-        lines = self.all_problems() + list(more)
+    def finish(self, stopped: str | None = None) -> None:
+        """ValueError listing all that is wrong. stopped: what cut the reading short: the unread then says nothing."""
+        lines = self.all_problems() + (self.all_unread() if stopped is None else [stopped])
         if lines:
             raise ValueError("config.json cannot be read:\n  " + "\n  ".join(lines))
 
