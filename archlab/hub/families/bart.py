@@ -57,10 +57,13 @@ def read(f):
         places = LearnedPositions(f.take("max_position_embeddings"), OFFSET)
         return Sequence(places, Normalise(NORM), *stack([block] * f.take(f"{name}_layers"))[0].layers)
 
+    start = f.take("decoder_start_token_id")
+    if start is None:
+        f.refuse("decoder_start_token_id = null is not supported; a token is")
     scale = math.sqrt(width) if f.take("scale_embedding") else 1.0
     return EncoderDecoder(f.take("vocab_size"), width, side("decoder", True), None, embedding_scale=scale,
                           head_bias=True, encoder=side("encoder", False), encoder_norm=None,
-                          start=f.take("decoder_start_token_id"))
+                          start=start or 0)
 
 
 def write(config):

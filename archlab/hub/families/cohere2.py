@@ -1,9 +1,6 @@
 """Command R7B and Command A (arXiv:2504.00698): of four layers three see a window and know places."""
 
-import dataclasses
-
 from archlab.attention.attention import Attention
-from archlab.attention.positions import Rotary
 from archlab.hub.decoders import (OUTER, read_attention, read_decoder, read_mlp, read_sizes, read_windows,
                                   write_attention, write_decoder, write_mlp, write_windows)
 from archlab.hub.families import cohere

@@ -2,11 +2,11 @@
 
 from archlab.attention.attention import Attention
 from archlab.attention.positions import ALiBi
-from archlab.hub.decoders import ACTIVATIONS, read_decoder, write_activation, write_attention, write_decoder
+from archlab.hub.decoders import ACTIVATIONS, read_decoder, write_activation, write_decoder
 from archlab.hub.family import Blocks, Family, each
 from archlab.hub.forms import PARALLEL, SEQUENTIAL, TWO_NORMS, parallel, placed, sequential, two_norms
 from archlab.hub.layout import Fused
-from archlab.hub.rope import read_rotary
+from archlab.hub.rope import read_rotary, write_rotary
 from archlab.layers.mlp import MLP
 from archlab.layers.norms import LayerNorm, Normalise
 from archlab.layers.sequence import Parallel
@@ -29,7 +29,7 @@ BLOCK = placed(PARTS | NORMS, SEQUENTIAL, PARALLEL) | placed(PARTS | OWN_NORMS, 
 
 
 def read(f):
-    width, heads, bias = f.take("hidden_size"), f.take("num_attention_heads"), f.take("bias")
+    width, heads, bias = f.take("hidden_size"), f.positive("num_attention_heads"), f.take("bias")
     norm, size = LayerNorm(f.take("layer_norm_epsilon")), width // heads
     f.only("apply_residual_connection_post_layernorm", False, default=False)
     if f.take("new_decoder_architecture"):
@@ -45,7 +45,7 @@ def read(f):
             f.only("num_kv_heads", kv_heads)
     rotary = read_rotary(f, size)  # transformers 5 writes its fields with ALiBi too
     positions = ALiBi(size**-0.5) if f.take("alibi") else rotary
-    attention = Attention(heads, kv_heads, size, positions, bias=bias, out_bias=bias)
+    attention = Attention(heads, kv_heads, None, positions, bias=bias, out_bias=bias)
     hidden = f.take("ffn_hidden_size") or 4 * width
     f.only("ff_factor", None, hidden / width, default=None)
     mlp = MLP(hidden, f.choose("activation", ACTIVATIONS), bias=bias)
@@ -53,17 +53,16 @@ def read(f):
 
 
 def write(config):
-    attention, mlp, new = each(config, Attention)[0], each(config, MLP)[0], bool(each(config, Normalise))
-    kv_heads = attention.kv_heads or attention.heads
-    values = write_attention(config)
-    for name in ("num_key_value_heads", "head_dim"):
-        values.pop(name)
-    new = new or kv_heads not in (1, attention.heads)
-    return {**write_decoder(config), **values, "num_kv_heads": kv_heads, "layer_norm_epsilon": config.norm.eps,
-            "bias": attention.bias, "ffn_hidden_size": mlp.hidden, "activation": write_activation(mlp),
-            "alibi": isinstance(attention.positions, ALiBi), "parallel_attn": bool(each(config, Parallel)),
-            "multi_query": kv_heads == 1, "new_decoder_architecture": new,
-            "num_ln_in_parallel_attn": (2 if each(config, Normalise) else 1) if new else None}
+    attentions, mlp, own_norms = each(config, Attention), each(config, MLP)[0], bool(each(config, Normalise))
+    first = attentions[0]
+    alibi, kv_heads = isinstance(first.positions, ALiBi), first.kv_heads or first.heads
+    rotary = {} if alibi else write_rotary(first.positions, config.width // first.heads)
+    new = own_norms or kv_heads not in (1, first.heads)
+    return {**write_decoder(config), **rotary, "num_hidden_layers": len(attentions), "num_attention_heads": first.heads,
+            "num_kv_heads": kv_heads, "multi_query": kv_heads == 1, "alibi": alibi, "bias": first.bias,
+            "new_decoder_architecture": new, "num_ln_in_parallel_attn": 1 + own_norms if new else None,
+            "parallel_attn": bool(each(config, Parallel)), "layer_norm_epsilon": config.norm.eps,
+            "ffn_hidden_size": mlp.hidden, "activation": write_activation(mlp)}
 
 
 FAMILY = Family(("falcon",), "FalconForCausalLM", DEFAULTS, read, write, OUTER,

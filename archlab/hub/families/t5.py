@@ -69,10 +69,13 @@ def read(f):
         return Sequence(table, *stack([Sequence(attend, *look, mlp)] * layers)[0].layers)
 
     layers, tied, width = f.take("num_hidden_layers"), f.take("tie_word_embeddings", True), f.take("hidden_size")
+    start = f.take("decoder_start_token_id", 0)
+    if start is None:
+        f.refuse("decoder_start_token_id = null is not supported; a token is")
     scaled = f.take("scale_decoder_outputs", tied) and kind == "t5"
     return EncoderDecoder(f.take("vocab_size"), width, side(f.take("num_decoder_layers") or layers, True), norm, tied,
                           logit_scale=width**-0.5 if scaled else 1.0, encoder=side(layers, False), encoder_norm=norm,
-                          start=f.take("decoder_start_token_id", 0))
+                          start=start or 0)
 
 
 def write(config):
