@@ -1,7 +1,7 @@
 """Command R7B and Command A (arXiv:2504.00698): of four layers three see a window and know places."""
 
 from archlab.attention.attention import Attention
-from archlab.hub.decoders import (OUTER, read_attention, read_decoder, read_mlp, read_sizes, read_windows,
+from archlab.hub.decoders import (OUTER, read_attention, read_decoder, read_mlp, read_windows,
                                   write_attention, write_decoder, write_mlp, write_windows)
 from archlab.hub.families import cohere
 from archlab.hub.family import Blocks, Family, each
@@ -16,6 +16,8 @@ FIXED = dict(use_qk_norm=False, rotary_pct=1.0, position_embedding_type="rope_gp
 
 
 def read(f):
+    size = f.take("hidden_size") // f.positive("num_attention_heads")
+    f.only("head_dim", size, default=size)  # whatever is written, it is this
     for name, value in FIXED.items():  # written in files, and taken for granted
         f.only(name, value, default=value)
     f.take("use_parallel_embedding", None)  # across devices
@@ -24,7 +26,7 @@ def read(f):
         f.refuse("sliding_window = null is not supported; a number of places is")
     pattern = f.positive("sliding_window_pattern", 4)
     f.only("layer_switch", pattern, default=pattern)
-    rotary = read_rotary(f, read_sizes(f)["head_size"], base=500000.0, interleaved=True)
+    rotary = read_rotary(f, size, base=500000.0, interleaved=True)
     mlp = read_mlp(f)
     blocks = [parallel(read_attention(f, positions=rotary if window else None, window=window, bias=bias, out_bias=bias),
                        mlp, norm) for window in read_windows(f, lambda i: (i + 1) % pattern > 0)]

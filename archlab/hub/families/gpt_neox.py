@@ -28,7 +28,10 @@ BLOCK = placed({"norm1/{scale,bias}": "input_layernorm.{weight,bias}",
 
 def read(f):
     norm, bias = LayerNorm(f.take("layer_norm_eps")), f.take("attention_bias")
-    rotary = read_rotary(f, read_sizes(f)["head_size"], share=0.25)
+    sizes = read_sizes(f)
+    for name, value in (("num_key_value_heads", sizes["heads"]), ("head_dim", f.take("hidden_size") // sizes["heads"])):
+        f.only(name, value, default=value)
+    rotary = read_rotary(f, sizes["head_size"], share=0.25)
     form = two_norms if f.take("use_parallel_residual") else sequential
     attention = read_attention(f, positions=rotary, bias=bias, out_bias=bias)
     block = form(attention, read_mlp(f, gated=False, bias=True), norm)

@@ -2,7 +2,7 @@
 
 from archlab.attention.attention import Attention
 from archlab.attention.qk_norm import QKNorm
-from archlab.hub.decoders import (OUTER, read_attention, read_decoder, read_mlp, read_sizes, write_attention,
+from archlab.hub.decoders import (OUTER, read_attention, read_decoder, read_mlp, write_attention,
                                   write_decoder, write_mlp)
 from archlab.hub.family import Blocks, Family, each
 from archlab.hub.forms import PARALLEL, SEQUENTIAL, parallel, placed, sequential
@@ -24,9 +24,11 @@ BLOCK = placed({"norm1/{scale,bias}": "input_layernorm.{weight,bias}",
 
 
 def read(f):
+    size = f.take("hidden_size") // f.positive("num_attention_heads")
+    f.only("head_dim", size, default=size)  # whatever is written, it is this
     eps = f.take("layer_norm_eps")
     qk_norm = QKNorm(LayerNorm(eps, bias=False), per_head=True) if f.take("qk_layernorm") else None
-    attention = read_attention(f, positions=read_rotary(f, read_sizes(f)["head_size"], share=0.25),
+    attention = read_attention(f, positions=read_rotary(f, size, share=0.25),
                                bias=f.take("use_qkv_bias"), qk_norm=qk_norm)
     form = parallel if f.take("use_parallel_residual") else sequential
     block = form(attention, read_mlp(f), LayerNorm(eps))
