@@ -2,7 +2,7 @@
 
 from archlab.attention.attention import Attention
 from archlab.attention.positions import ALiBi
-from archlab.hub.decoders import ACTIVATIONS, read_decoder, write_activation, write_decoder
+from archlab.hub.decoders import ACTIVATIONS, read_decoder, read_sizes, write_activation, write_decoder
 from archlab.hub.family import Blocks, Family, each
 from archlab.hub.forms import PARALLEL, SEQUENTIAL, TWO_NORMS, parallel, placed, sequential, two_norms
 from archlab.hub.layout import Fused
@@ -29,8 +29,9 @@ BLOCK = placed(PARTS | NORMS, SEQUENTIAL, PARALLEL) | placed(PARTS | OWN_NORMS, 
 
 
 def read(f):
-    width, heads, bias = f.take("hidden_size"), f.positive("num_attention_heads"), f.take("bias")
-    norm, size = LayerNorm(f.take("layer_norm_epsilon")), width // heads
+    sizes, width, bias = read_sizes(f), f.take("hidden_size"), f.take("bias")
+    norm = LayerNorm(f.take("layer_norm_epsilon"))
+    heads, size = sizes["heads"], sizes["head_size"]
     f.only("apply_residual_connection_post_layernorm", False, default=False)
     if f.take("new_decoder_architecture"):
         f.only("parallel_attn", True)
@@ -45,7 +46,7 @@ def read(f):
             f.only("num_kv_heads", kv_heads)
     rotary = read_rotary(f, size)  # transformers 5 writes its fields with ALiBi too
     positions = ALiBi(size**-0.5) if f.take("alibi") else rotary
-    attention = Attention(heads, kv_heads, None, positions, bias=bias, out_bias=bias)
+    attention = Attention(heads, kv_heads, size, positions, bias=bias, out_bias=bias)
     hidden = f.take("ffn_hidden_size") or 4 * width
     f.only("ff_factor", None, hidden / width, default=None)
     mlp = MLP(hidden, f.choose("activation", ACTIVATIONS), bias=bias)
