@@ -129,9 +129,10 @@ def _distance(queries: Places, keys: Places, rows, columns):
 
 
 def _hide(scores, queries: Places, keys: Places, rules: Rules, rows, columns):
-    """Scores with -inf where nothing is seen."""
+    """Scores with -inf where nothing is seen. It is added, not chosen by `where`: XLA's CPU compiler computes what all
+    heads share once if it is a summand, and else once for each head, which takes as long as all the rest."""
     seen = visible(_pick(queries, rows), _pick(keys, columns), rules.sight)
-    return jnp.where(seen[:, None, None], scores, -jnp.inf)
+    return scores + jnp.where(seen, 0, -jnp.inf).astype(scores.dtype)[:, None, None]
 
 
 def _pick(places: Places, part: tuple) -> Places:
