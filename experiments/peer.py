@@ -36,7 +36,7 @@ def describe(config: LanguageModel) -> tuple[str, dict]:
             "num_attention_heads": attention.heads, "num_key_value_heads": attention.kv_heads or attention.heads,
             "intermediate_size": experts.hidden, "num_local_experts": experts.experts, "output_router_logits": True,
             "num_experts_per_tok": experts.router.k, "max_position_embeddings": LONGEST}
-    family, fields = describe_dense(config)
+    family, fields = describe_dense(config.set("dtype", None))
     return family.model_types[0], {"max_position_embeddings": LONGEST, **fields}
 
 

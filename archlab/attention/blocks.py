@@ -35,45 +35,46 @@ def _forward(q, k, v, queries, keys, rules, ordered, block):
     B, H, T, K = q.shape
     grouped = rules.scaled(q).reshape(B, k.shape[1], -1, T, K)
 
-    def one(carry, rows, columns):
+    def one(carry, rows, columns, near):
         y, total = carry
-        scores = _hide(_scores(grouped, k, queries, keys, rules, rows, columns), queries, keys, rules, rows, columns)
+        k, v, keys = near
+        these = _pick(queries, rows)
+        scores = _hide(rules.adjust(_match(_cut(grouped, rows, 3), k), distances(these, keys)), these, keys, rules)
         top = jnp.maximum(scores.max(-1, keepdims=True), jnp.finfo(scores.dtype).min)
         top = top if rules.sinks is None else jnp.maximum(top, _per_head(rules.sinks, scores))
         weights = jnp.exp(scores - top)
         sums = weights.sum(-1, keepdims=True)
         sums = sums if rules.sinks is None else sums + jnp.exp(_per_head(rules.sinks, scores) - top)
         sums = jnp.maximum(sums, jnp.finfo(scores.dtype).tiny)
-        out = _mix(weights.astype(v.dtype), _cut(v, columns, 2)) / sums.astype(v.dtype)
+        out = _mix(weights.astype(v.dtype), v) / sums.astype(v.dtype)
         return _put(y, out, rows, 3), _put(total, (top + jnp.log(sums))[..., 0], rows, 3)
 
     carry = jnp.zeros_like(grouped), jnp.zeros(grouped.shape[:-1], wide(q).dtype)
-    y, total = _fold(one, carry, T, k.shape[2], rules.sight, ordered, block)
+    y, total = _fold(one, carry, k, v, keys, T, rules.sight, ordered, block)
     y = y.reshape(q.shape)
     return y, (q, k, v, queries, keys, rules, y, total)
 
 
 def _backward(ordered, block, saved, dy):
     q, k, v, queries, keys, rules, y, total = saved
-    T, S = q.shape[2], k.shape[2]
+    T = q.shape[2]
     q, y, dy = (a.reshape(total.shape + (-1,)) for a in (rules.scaled(q), y, dy))
     inner = (wide(y) * dy).sum(-1)  # sum over keys of weight times its gradient
 
-    def one(carry, rows, columns):
+    def one(carry, rows, columns, near):
         dq, dk, dv, drules = carry
-        score = lambda raw, rules: rules.adjust(raw, _distance(queries, keys, rows, columns))
-        scores, pull = jax.vjp(score, _raw(q, k, rows, columns), rules)
-        scores = _hide(scores, queries, keys, rules, rows, columns)
-        weights = jnp.exp(scores - _cut(total, rows, 3)[..., None])
-        dy_, k_, v_ = _cut(dy, rows, 3), _cut(k, columns, 2), _cut(v, columns, 2)
-        draw, more = pull(weights * (_match(dy_, v_) - _cut(inner, rows, 3)[..., None]))
+        k, v, keys = near
+        these, q_, dy_ = _pick(queries, rows), _cut(q, rows, 3), _cut(dy, rows, 3)
+        scores, pull = jax.vjp(lambda raw, rules: rules.adjust(raw, distances(these, keys)), _match(q_, k), rules)
+        weights = jnp.exp(_hide(scores, these, keys, rules) - _cut(total, rows, 3)[..., None])
+        draw, more = pull(weights * (_match(dy_, v) - _cut(inner, rows, 3)[..., None]))
         draw = draw.astype(q.dtype)
         add = lambda total, a, b: _put(total, _cut(total, columns, 2) + _gather(a, b), columns, 2)
-        return (_put(dq, _mix(draw, k_), rows, 3), add(dk, draw, _cut(q, rows, 3)),
-                add(dv, weights.astype(v.dtype), dy_), jax.tree.map(jnp.add, drules, more))
+        return (_put(dq, _mix(draw, k), rows, 3), add(dk, draw, q_), add(dv, weights.astype(v.dtype), dy_),
+                jax.tree.map(jnp.add, drules, more))
 
     zeros = jnp.zeros_like(q), jnp.zeros_like(wide(k)), jnp.zeros_like(wide(v)), jax.tree.map(jnp.zeros_like, rules)
-    dq, dk, dv, drules = _fold(one, zeros, T, S, rules.sight, ordered, block)
+    dq, dk, dv, drules = _fold(one, zeros, k, v, keys, T, rules.sight, ordered, block)
     if rules.sinks is not None:  # a sink's weight times its gradient, which is 0 less the mean over all keys
         sink = jnp.exp(_per_head(rules.sinks, total[..., None])[..., 0] - total)
         dsinks = -(sink * inner).sum((0, 3)).reshape(-1).astype(rules.sinks.dtype)
@@ -85,15 +86,16 @@ def _backward(ordered, block, saved, dy):
 attend_blocks.defvjp(_forward, _backward)
 
 
-def _fold(one, carry, T: int, S: int, sight, ordered: bool, block: int):
-    """`carry = one(carry, rows, columns)` for each block of queries and the stretch of keys that it may see; each of
-    the two is (first, count).
+def _fold(one, carry, k, v, keys: Places, T: int, sight, ordered: bool, block: int):
+    """`carry = one(carry, rows, columns, near)` for each block of queries and the stretch of keys that it may see; each
+    of the two is (first, count), and `near` the stretch of `k`, `v` and `keys`.
 
     Blocks of a short text are unrolled, each with the keys up to its end. Long texts are cut into `GROUPS` loops, each
     with the keys up to the loop's end: in a loop, unlike an unrolled program, one block's scores are dead before the
     next's are made. The order of the loops is fixed by what they carry.
     """
-    whole = T // block
+    S, whole = k.shape[2], T // block
+    stretch = lambda columns: (_cut(k, columns, 2), _cut(v, columns, 2), _pick(keys, columns))
     each = max(1, -(-whole // GROUPS))
     groups = [(i * block, min(each, whole - i), block) for i in range(0, whole, each)]
     if T % block:
@@ -106,32 +108,21 @@ def _fold(one, carry, T: int, S: int, sight, ordered: bool, block: int):
         if sliding:
             count = min(count, sight.reach - 1 + size + after)
 
-        def step(i, carry, start=start, size=size, count=count, after=after):
+        shared = None if sliding else stretch((0, count))  # outside of the loop: it is a copy
+
+        def step(i, carry, start=start, size=size, count=count, after=after, shared=shared):
             first = start + i * size
             begin = jnp.clip(before + first + size + after - count, 0, S - count) if sliding else 0
-            return one(carry, (first, size), (begin, count))
+            return one(carry, (first, size), (begin, count), stretch((begin, count)) if sliding else shared)
 
         carry = step(0, carry) if blocks == 1 else jax.lax.fori_loop(0, blocks, step, carry)
     return carry
 
 
-def _raw(q, k, rows, columns):
-    return _match(_cut(q, rows, 3), _cut(k, columns, 2))
-
-
-def _scores(q, k, queries: Places, keys: Places, rules: Rules, rows, columns):
-    """Scores [B, G, R, rows, columns] of scaled queries in at least float32, before the mask."""
-    return rules.adjust(_raw(q, k, rows, columns), _distance(queries, keys, rows, columns))
-
-
-def _distance(queries: Places, keys: Places, rows, columns):
-    return distances(_pick(queries, rows), _pick(keys, columns))
-
-
-def _hide(scores, queries: Places, keys: Places, rules: Rules, rows, columns):
+def _hide(scores: Float[Array, "B G R T S"], queries: Places, keys: Places, rules: Rules):
     """Scores with -inf where nothing is seen. It is added, not chosen by `where`: XLA's CPU compiler computes what all
     heads share once if it is a summand, and else once for each head, which takes as long as all the rest."""
-    seen = visible(_pick(queries, rows), _pick(keys, columns), rules.sight)
+    seen = visible(queries, keys, rules.sight)
     return scores + jnp.where(seen, 0, -jnp.inf).astype(scores.dtype)[:, None, None]
 
 
