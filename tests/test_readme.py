@@ -19,6 +19,9 @@ SMALL = {  # flags that make a command small; what comes last wins
     "generate": "--max_new_tokens=5",
     "evaluate": "--batches=1",
     "compare": "--match=params --tokens=700 --batch=2 --context=32 --eval_batches=1",
+    "convert": "",
+    "attention": "--lengths=128,256 --forms=full,window,jax,bigbird --repeats=1",
+    "extrapolate": "--methods=rope,alibi",
     "bench": "--batch=1 --context=32 --steps=1 --contexts=32 --new_tokens=4 --repeats=1",
 }
 

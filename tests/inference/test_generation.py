@@ -21,9 +21,9 @@ from archlab.layers.sequence import Sequence
 from archlab.model import LanguageModel
 from archlab.recurrence.mamba import Mamba
 from archlab.training.objectives import objective
-from tests.helpers import build, cast, tokens_of
+from tests.helpers import build, cast, representatives, tokens_of
 
-NANO = [n for n in archlab.list_models("*-nano") if objective(archlab.get_config(n)) == "next token"]
+NANO = [n for n in representatives() if objective(archlab.get_config(n)) == "next token"]
 
 
 @functools.cache

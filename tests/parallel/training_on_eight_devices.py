@@ -33,9 +33,15 @@ def has_experts(name: str) -> bool:
     return any("E" in dims(weight.letters) for weight in weights)
 
 
-MESHES = ["data:8", "fsdp:8", "tensor:2,data:4", "expert:8", "data:2,fsdp:2,tensor:2"]
+def only_attends(name: str) -> bool:
+    rooms = {type(part).__module__.split(".")[1] for _, part in archlab.get_config(name).body.walk()}
+    return rooms <= {"layers", "attention"}
+
+
+MESHES = ["data:2,fsdp:2,tensor:2", "data:8", "fsdp:8", "tensor:2,data:4", "expert:8"]
 CASES = [(name, spec) for name in archlab.list_models("*-nano")
-         for spec in MESHES + ["expert:4,data:2"] * has_experts(name)]  # without experts that is data:8 once more
+         for spec in (MESHES[:1] if only_attends(name) else MESHES)  # the many forms of attention: on the hardest
+         + ["expert:4,data:2"] * has_experts(name)]  # without experts that is data:8 once more
 
 
 def batches(rows: int = 8, length: int = 16) -> list[Batch]:
