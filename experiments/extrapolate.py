@@ -51,13 +51,15 @@ class Preset:
 
 
 PRESETS = {"standard": Preset(128, 3, 4, steps=700, rows=16, context=256, longest=4096, tokens=2**16),
+           "quick": Preset(128, 3, 4, steps=300, rows=16, context=256, longest=4096, tokens=2**15),
            "smoke": Preset(16, 1, 2, steps=4, rows=2, context=16, longest=64, tokens=2**9)}
 SCALINGS = ("linear", "ntk", "dynamic", "yarn")  # of rope, with its weights
 METHODS = ("none", "learned", "sinusoidal", "rope", *SCALINGS, "xpos", "alibi", "t5")
 
 FLAGS = flags.FLAGS
 flags.DEFINE_list("methods", list(METHODS), f"Some of {', '.join(METHODS)}.")
-flags.DEFINE_enum("preset", "standard", list(PRESETS), "standard: as above; smoke: a minute, to see that it runs.")
+flags.DEFINE_enum("preset", "standard", list(PRESETS),
+                  "standard: as above; quick: fewer steps; smoke: a minute, to see that it runs.")
 flags.DEFINE_string("data", "stdlib", "The corpus: stdlib, text:GLOB or tfds:NAME[/CONFIG]. Tokens are bytes.")
 flags.DEFINE_string("out", "runs/extrapolate", "The folder of the experiment.")
 

@@ -1,8 +1,9 @@
 """Text from a model: a prefill of the whole prompt, then one token after another.
 
-Nothing is compiled twice. Prompts are padded to powers of two; caches have powers of two of slots and double when they
-are full; each size is one program that runs any number of steps. So the number of programs grows with the logarithm of
-the length, and a decode step reads at most about twice the cache that it needs.
+Nothing is compiled twice. Prompts are padded to powers of two; caches double when they are full, the last time by no
+more than what is still to come asks for, to a quarter of a power of two. Each size is one program that runs any number
+of steps. So the number of programs grows with the logarithm of the length, and a decode step reads little more of the
+cache than it needs.
 """
 
 import functools
@@ -130,6 +131,7 @@ class _Run:
         length = min(_power_of_two(ids.shape[1], PROMPT), reader)
         slots = _power_of_two(max_new_tokens + 1, SLOTS) if self.reads else length
         self.slots = min(max(slots, SLOTS), self.limit)
+        self.end = self.written + max_new_tokens
         padded = lambda a: np.pad(a, ((0, 0), (0, length - ids.shape[1])))
         must = {0: first, max_new_tokens - 1: last} if last is not None else {0: first}
         forced = [(np.int32(index), np.int32(token)) for index, token in must.items() if token is not None]
@@ -141,7 +143,7 @@ class _Run:
     def room(self) -> int:
         """How many more tokens fit the caches, which are doubled where they are full."""
         if self.written == self.slots:
-            self.slots = min(2 * self.slots, self.limit)
+            self.slots = min(2 * self.slots, _quarter_step(self.end), self.limit)
             self.state = self.programs["grow"](self.weights, self.state, slots=self.slots)
         return self.slots - self.written
 
@@ -241,6 +243,12 @@ def _check_tokens(name: str, value: int | Sequence[int] | None, vocab: int) -> I
     if ids.size and (ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= vocab):
         raise ValueError(f"{name} = {value!r}: must be of the vocabulary, from 0 to {vocab - 1}")
     return ids.astype(np.int32)
+
+
+def _quarter_step(n: int) -> int:
+    """The least of 4, 5, 6, 7, 8, 10, 12, 14, 16, 20 ... that is at least `n`."""
+    step = max(1, (1 << (n - 1).bit_length()) // 8)
+    return -(-n // step) * step
 
 
 def _power_of_two(n: int, least: int) -> int:
