@@ -27,6 +27,7 @@ flags.DEFINE_integer("batches", 0, "Batches to read; 0 for all.")
 
 
 def main() -> None:
+    from archlab import hub
     from archlab.data import load_corpus, tokenizer_from, validation_batches
     from archlab.layers.weights import split
     from archlab.training.evaluation import evaluate, make_evaluate_step
@@ -35,6 +36,12 @@ def main() -> None:
         raise ValueError("give --checkpoint=FOLDER")
     model = common.load_checkpoint(FLAGS.checkpoint)
     saved = json.loads((Path(FLAGS.checkpoint) / "config.json").read_text())  # of a model alone: without `data`
+    if hub.is_huggingface(FLAGS.checkpoint):
+        saved = {}
+    if (own := Path(FLAGS.checkpoint) / "tokenizer.json").is_file():
+        saved.setdefault("tokenizer", str(own))
+    elif hub.is_huggingface(FLAGS.checkpoint) and FLAGS.tokenizer is None:
+        raise ValueError(f"{FLAGS.checkpoint} has no tokenizer.json: give --tokenizer")
     choose = lambda flag, name, default: saved.get(name, default) if flag is None else flag
     # A tokenizer that is learned is learned from the corpus of the run, whatever the model is then evaluated on.
     corpus = load_corpus(choose(FLAGS.data, "data", "stdlib"))

@@ -71,17 +71,19 @@ def load():
     import archlab
     from archlab import hub
     from archlab.data import load_corpus, tokenizer_from
+    from archlab.hub.tokenizer import CheckpointTokenizer
     from archlab.inference.text import TextModel
 
     if (FLAGS.checkpoint is None) == (FLAGS.model is None):
         raise ValueError("give either --checkpoint=FOLDER or --model=NAME")
-    if FLAGS.checkpoint is not None and hub.is_huggingface(FLAGS.checkpoint):
-        if FLAGS.tokenizer:
-            raise ValueError(f"--tokenizer={FLAGS.tokenizer}: a Hugging Face checkpoint has its own")
+    if FLAGS.checkpoint is not None and hub.is_huggingface(FLAGS.checkpoint) and not FLAGS.tokenizer:
         return hub.load_text(FLAGS.checkpoint, ignore=FLAGS.ignore)
     if FLAGS.checkpoint is not None:
         model = common.load_checkpoint(FLAGS.checkpoint)
         saved = json.loads((Path(FLAGS.checkpoint) / "config.json").read_text())  # of a model alone: without `data`
+        if (Path(FLAGS.checkpoint) / "tokenizer.json").is_file() and not FLAGS.tokenizer:  # `convert` brought it along
+            tokenizer = CheckpointTokenizer.load(FLAGS.checkpoint)
+            return TextModel(model, tokenizer, eos=tokenizer.eos)
     else:
         model, saved = archlab.create_model(common.model_config(FLAGS.model, []), nnx.Rngs(FLAGS.seed)), {}
     spec = FLAGS.tokenizer or saved.get("tokenizer", "bytes")

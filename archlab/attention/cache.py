@@ -27,8 +27,8 @@ class KVCache:
         return cls(store(), store(), numbers(slots), numbers(slots), numbers())
 
     def append(self, keys: Float[Array, "B G T K"], values: Float[Array, "B G T K"], tokens: Tokens) -> "KVCache":
-        """The cache with a piece's real tokens written; in a ring, only the last S of them. What finds no slot in a
-        full cache without a window is lost: callers size caches by `max_length`."""
+        """The cache with a piece's real tokens written; in a ring, only the last S of them. A full
+        cache without a window loses its oldest tokens too, which is wrong: callers size caches by `max_length`."""
         slots = self.keys.shape[2]
         real = tokens.real
         order = self.cursor[:, None] + jnp.cumsum(real, axis=1) - 1

@@ -53,8 +53,10 @@ def attend(q: Float[Array, "B H T K"], k: Float[Array, "B G T K"], v: Float[Arra
 def attend_state(q: Float[Array, "B H T K"], k: Float[Array, "B G T K"], v: Float[Array, "B G T K"], tokens: Tokens,
                  state: KVCache, rules: Rules = Rules()) -> tuple[Float[Array, "B H T K"], KVCache]:
     """Causal attention of a piece to what the cache holds and to itself; and the cache with the piece written."""
+    local, slots = rules.sight.reach is not None, state.keys.shape[2]
+    if not local and q.shape[2] > slots:
+        raise ValueError(f"a piece of {q.shape[2]} tokens does not fit a state of max_length {slots}")
     new = state.append(k, v, tokens)
-    local = rules.sight.reach is not None
     if not local:
         keys, values, slots = new.keys.astype(q.dtype), new.values.astype(q.dtype), Places(new.segments, new.positions)
     else:  # the piece's last tokens may have pushed out of the ring what its first ones see: look at both

@@ -31,7 +31,7 @@ def is_huggingface(folder: str | Path) -> bool:
     """Whether a folder's config.json is of the Hugging Face kind."""
     try:
         return "model_type" in json.loads((Path(folder) / CONFIG).read_text())
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return False
 
 
@@ -101,10 +101,11 @@ def save(model: Model, folder: str | Path, fields: dict | None = None, shard: in
     folder.mkdir(parents=True, exist_ok=True)
     files = write(folder, {name: stored.shape for name, stored in wanted.items()}, dtype_of, make, shard)
     (folder / f"{CONFIG}.part").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
-    for file in {SINGLE, INDEX} - set(files):  # what is left of an older model would be read before this one
-        (folder / file).unlink(missing_ok=True)
+    older = {SINGLE, INDEX, *(file.name for file in folder.glob("model-?????-of-?????.safetensors"))} - set(files)
     for file in [*files, CONFIG]:
         os.replace(folder / f"{file}.part", folder / file)
+    for file in older:  # what is left of an older model, last: until then there is a whole one
+        (folder / file).unlink(missing_ok=True)
 
 
 def _abstract_parameters(config: LanguageModel) -> dict[str, nnx.Param]:

@@ -34,10 +34,10 @@ SANDWICH = ATTENTION | MLP_NAMES | {  # norms around the branches (Gemma 2), or 
 
 def read_sizes(f: Fields) -> dict:
     """heads, kv_heads and head_size of `Attention`."""
-    heads, width, size = f.positive("num_attention_heads"), f.take("hidden_size"), f.take("head_dim", None)
+    heads, width, size = f.positive("num_attention_heads"), f.positive("hidden_size"), f.whole("head_dim")
     if not size and width % heads:
         f.refuse(f"num_attention_heads = {heads}: must divide the width {width}")
-    return {"heads": heads, "kv_heads": f.take("num_key_value_heads", None) or heads,
+    return {"heads": heads, "kv_heads": f.whole("num_key_value_heads") or heads,
             "head_size": size or width // heads}
 
 

@@ -101,7 +101,7 @@ def all_families() -> dict[str, Family]:
 def family_of(model_type: str) -> Family:
     """The family that reads a config.json of this `model_type`. ValueError offers near names."""
     found = all_families()
-    if model_type not in found:
+    if not isinstance(model_type, str) or model_type not in found:
         raise ValueError(f"model_type = {model_type!r} is no family that can be read; "
                          f"{near(str(model_type), list(found))}")
     return found[model_type]

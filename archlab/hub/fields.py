@@ -87,6 +87,14 @@ class Fields:
             return 1
         return value
 
+    def whole(self, name: str, default: Any = None) -> int | None:
+        """The value of a field that must be a whole number above 0, or null."""
+        value = self.take(name, default)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value <= 0):
+            self.refuse(f"{self.where}{name} = {_short(value)}: must be a whole number above 0")
+            return None
+        return value
+
     def choose(self, name: str, table: dict, default: Any = _MISSING) -> Any:
         """The translation of a field's value by `table`."""
         value = self.take(name, default)

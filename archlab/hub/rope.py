@@ -76,6 +76,10 @@ def _read_scaling(fields: Fields, rope: Fields):
         values["factor"] = longest / original
     if kind == "dynamic":  # stretched from what the model was made for, wherever else that is written
         values["original"] = longest
+    for field in dataclasses.fields(scaling):
+        if field.default is dataclasses.MISSING and values.get(field.name) is None:
+            fields.refuse(f"{rope.where}{names.get(field.name, field.name)} is missing, which {kind} needs")
+            return None
     allowed = {field.name for field in dataclasses.fields(scaling)}
     return scaling(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
                       if value is not None and name in allowed})

@@ -121,7 +121,7 @@ def read_header(file: Path, names: Iterable[str] | None = None) -> dict[str, Ten
         found = {name: _tensor(file, 8 + length, size, name, entry) for name, entry in header.items()}
         if missing := set(names or ()) - set(found):
             raise ValueError(f"it lacks {sorted(missing)[:3]}, which the index places in it")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file} cannot be read: {error}") from error
     return found if names is None else {name: found[name] for name in names}
 
@@ -129,7 +129,8 @@ def read_header(file: Path, names: Iterable[str] | None = None) -> dict[str, Ten
 def _tensor(file: Path, origin: int, size: int, name: str, entry: dict) -> Tensor:
     begin, end = entry["data_offsets"]
     shape, dtype = tuple(entry["shape"]), DTYPES.get(entry["dtype"])
-    if not 0 <= begin <= end <= size - origin or not all(isinstance(n, int) and n >= 0 for n in shape):
+    whole = all(type(n) is int and 0 <= n < 2**63 for n in (begin, end, *shape))
+    if not whole or not begin <= end <= size - origin:
         raise ValueError(f"{name} lies outside the file")
     if dtype is not None and math.prod(shape) * dtype.itemsize != end - begin:
         raise ValueError(f"{name} of shape {list(shape)} has {end - begin} bytes")
@@ -142,8 +143,10 @@ def _files(folder: Path) -> list[tuple[Path, list[str] | None]]:
         return [(folder / SINGLE, None)]
     if (folder / INDEX).is_file():
         return _index(folder)
-    pickles = [file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern)]
-    if pickles:
+    if others := sorted(file.name for file in folder.glob("*.safetensors")):
+        raise ValueError(f"{folder} holds no {SINGLE} and no {INDEX}, only {', '.join(others[:3])}: shards need their "
+                         "index, and adapters are not supported")
+    if pickles := [file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern)]:
         raise ValueError(f"{folder} holds its weights as pickles ({pickles[0]}), which can run any code and are never "
                          "opened here: convert them to safetensors first")
     raise ValueError(f"{folder} holds no {SINGLE} and no {INDEX}")

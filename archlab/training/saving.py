@@ -25,20 +25,23 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 FORMATS = ("archlab", "huggingface")
 
 
-def save(model: Model, path: str | Path, format: str = "archlab") -> None:
+def save(model: Model, path: str | Path, format: str = "archlab", fields: dict | None = None) -> None:
     """Writes a model into the folder `path`, which is made if need be.
 
     Args: format: "archlab": config.json is our own, and arrays are keyed by their paths in the model; "huggingface":
-      a checkpoint folder that transformers can load, if it has the architecture.
-    Raises: ValueError for a model whose arrays are not those of its config (an unstacked one: save what it was made
-      from), and for an architecture that no family of Hugging Face checkpoints has.
+      a checkpoint folder that transformers can load, if it has the architecture. fields: of its config.json that our
+      configs do not hold, such as {"eos_token_id": 2, "max_position_embeddings": 4096} (`archlab.hub.save`).
+    Raises: ValueError for a folder that holds a training run; for a model whose arrays are not those of its config (an
+      unstacked one: save what it was made from); for what no family of Hugging Face checkpoints has.
     """
     from safetensors.numpy import save_file
 
     if format not in FORMATS:
         raise ValueError(f"format = {format!r}: {near(str(format), FORMATS)}")
+    if (Path(path) / "checkpoints").is_dir():
+        raise ValueError(f"{path} holds a training run: save the model into a folder of its own")
     if format == "huggingface":
-        return hub.save(model, path)
+        return hub.save(model, path, fields)
     _, params, rest = split(model)
     arrays = {key: np.asarray(value) for key, value in (params | rest).items()}
     _compare(arrays, model.config, "this model")
