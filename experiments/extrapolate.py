@@ -16,8 +16,8 @@ were trained are close, `none` a little behind. On longer texts alibi holds, as 
 plain rope break at once; t5 and xpos fall behind more slowly. Without any training at its length yarn holds what rope
 loses up to 16 times the length, ntk up to about a quarter of its factor, and dynamic does so at no loss on short texts;
 linear is of no use before it is trained further.
-Cost: seven trainings of 2.9 M bytes (0.6 M parameters) and eleven readings of 0.3 M. With --preset=quick (300 steps) one
-training took one to three minutes on four CPU cores that did much else; docs/extrapolation.md has what came of it.
+Cost: seven trainings of 2.9 M bytes (0.6 M parameters) and eleven readings of 0.3 M. With --preset=quick (300 steps)
+one training took one to three minutes on four CPU cores that did much else; docs/extrapolation.md has what came of it.
 """
 
 import dataclasses

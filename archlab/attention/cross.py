@@ -7,13 +7,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from archlab.attention.attention import Attention, AttentionModule
 from archlab.attention.blocks import BLOCK, attend_blocks
 from archlab.attention.core import attend_plain
-from archlab.attention.rules import Places, Rules, Sight
-from archlab.layers.alphabet import parameter, project
-from archlab.layers.config import LayerConfig, require
-from archlab.layers.contract import Aux, Layer, Memory, Place, Tokens, pytree
-from archlab.layers.mlp import add_bias, residual_scale
+from archlab.attention.rules import Places
+from archlab.layers.alphabet import project
+from archlab.layers.config import LayerConfig
+from archlab.layers.contract import Aux, Memory, Place, Tokens, pytree
+from archlab.layers.mlp import add_bias
 
 
 class CrossAttention(LayerConfig):
@@ -31,15 +32,16 @@ class CrossAttention(LayerConfig):
     scale: float | None = None
 
     def __post_init__(self):
-        require(self.heads >= 1, self, "heads", "must be at least 1")
-        require(self.kv_heads is None or self.kv_heads >= 1 and self.heads % self.kv_heads == 0, self, "kv_heads",
-                f"must divide heads = {self.heads}")
-        require(self.head_size is None or self.head_size >= 1, self, "head_size", "must be at least 1, or None")
-        require(self.scale is None or self.scale > 0, self, "scale", "must be positive, or None")
+        self.projections  # raises ValueError for what is no attention
+
+    @property
+    def projections(self) -> Attention:
+        """The attention whose queries, keys, values and output these are."""
+        return Attention(self.heads, self.kv_heads, self.head_size, None, causal=False, bias=self.bias,
+                         out_bias=self.out_bias, scale=self.scale)
 
     def check(self, width: int) -> None:
-        if self.head_size is None:
-            require(width % self.heads == 0, self, "heads", f"must divide the width {width} (or give head_size)")
+        self.projections.check(width)
 
     def build(self, rngs: nnx.Rngs, at: Place) -> "CrossAttentionModule":
         return CrossAttentionModule(self, rngs, at)
@@ -54,21 +56,11 @@ class CrossState:
     segments: Int[Array, "B S"]
 
 
-class CrossAttentionModule(Layer):
-    """Weights: query [D, H, K], key and value [D, G, K], out [H, K, D]. State: `CrossState`."""
+class CrossAttentionModule(AttentionModule):
+    """The weights of `Attention`. State: `CrossState`."""
 
     def __init__(self, config: CrossAttention, rngs: nnx.Rngs, at: Place):
-        D, H = at.width, config.heads
-        G, K = config.kv_heads or H, config.head_size or D // H
-        self.scale = config.scale
-        self.query = parameter(rngs, "D->HK", (D, H, K))
-        self.key = parameter(rngs, "D->GK", (D, G, K))
-        self.value = parameter(rngs, "D->GK", (D, G, K))
-        self.out = parameter(rngs, "HK->D", (H, K, D), scale=residual_scale(at))
-        self.query_bias = parameter(rngs, "->HK", (H, K)) if config.bias else None
-        self.key_bias = parameter(rngs, "->GK", (G, K)) if config.bias else None
-        self.value_bias = parameter(rngs, "->GK", (G, K)) if config.bias else None
-        self.out_bias = parameter(rngs, "->D", (D,)) if config.out_bias else None
+        super().__init__(config.projections, rngs, at)
 
     def init_state(self, batch, max_length, dtype=jnp.float32, memory: Memory | None = None):
         if memory is None:
@@ -78,20 +70,16 @@ class CrossAttentionModule(Layer):
 
     def read(self, memory: Memory) -> CrossState:
         """A memory's keys and values."""
-        key = self._heads(memory.values, self.key, self.key_bias)
-        return CrossState(key, self._heads(memory.values, self.value, self.value_bias), memory.segments)
+        heads = lambda *weights: jnp.swapaxes(self._project(memory.values, *weights), 1, 2)
+        return CrossState(heads(self.key, self.key_bias), heads(self.value, self.value_bias), memory.segments)
 
     def __call__(self, x, tokens: Tokens, state: CrossState | None = None):
         if state is None and tokens.memory is None:
             raise ValueError("CrossAttention: a pass without a state needs `tokens.memory`")
         read = self.read(tokens.memory) if state is None else state
-        q = self._heads(x, self.query, self.query_bias)
+        q = jnp.swapaxes(self._project(x, self.query, self.query_bias), 1, 2)
         queries = Places(tokens.segments, tokens.positions)
         keys = Places(read.segments, jnp.zeros_like(read.segments))
-        rules = Rules(Sight(causal=False), self.scale)
-        args = q, read.keys.astype(q.dtype), read.values.astype(q.dtype), queries, keys, rules
+        args = q, read.keys.astype(q.dtype), read.values.astype(q.dtype), queries, keys, self.rules(tokens)
         y = attend_plain(*args) if q.shape[2] <= BLOCK else attend_blocks(*args, ordered=False)
         return add_bias(project(y, self.out, "BHTK,HKD->BTD"), self.out_bias), state, Aux()
-
-    def _heads(self, x, weight, bias):
-        return jnp.swapaxes(add_bias(project(x, weight, "BTD,DHK->BTHK"), bias), 1, 2)

@@ -136,7 +136,7 @@ class _Run:
         must = {0: first, max_new_tokens - 1: last} if last is not None else {0: first}
         forced = [(np.int32(index), np.int32(token)) for index, token in must.items() if token is not None]
         self.choice = _Choice((nnx.Rngs(0) if rngs is None else rngs).sample(), sampling.as_arrays(), ends, forced,
-                              np.int32(self.written + max_new_tokens))
+                              np.int32(self.end))
         self.state, self.rows = self.programs["prefill"](self.weights, padded(ids), padded(segments), self.choice,
                                                          slots=self.slots)
 
