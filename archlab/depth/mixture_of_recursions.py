@@ -70,12 +70,14 @@ class MixtureOfRecursions(LayerConfig):
 @pytree
 class RecursionState:
     """units: the unit's state at each recursion, sized by its share; passed [B, n]: tokens of the row's last document
-    that each recursion took; segment, length [B]: that document, and how many tokens it has had."""
+    that each recursion took; segment, length [B]: that document, and how many tokens it has had; slots: for how many
+    tokens of a row each recursion has room."""
 
     units: tuple[Any, ...]
     passed: Int[Array, "B n"]
     segment: Int[Array, "B"]
     length: Int[Array, "B"]
+    slots: tuple[int, ...] = dataclasses.field(metadata={"static": True})
 
 
 class MixtureOfRecursionsModule(Layer):
@@ -94,10 +96,10 @@ class MixtureOfRecursionsModule(Layer):
         reuse(self.unit, float(sum(self.shares)))
 
     def init_state(self, batch, max_length, dtype=jnp.float32, memory=None):
-        sizes = [max(1, budget(share, max_length)) for share in self.shares]
+        sizes = tuple(max(1, budget(share, max_length)) for share in self.shares)
         units = tuple(self.unit.init_state(batch, size, dtype, memory) for size in sizes)
         numbers = lambda *shape: jnp.zeros((batch, *shape), jnp.int32)
-        return RecursionState(units, numbers(len(sizes)), numbers(), numbers())
+        return RecursionState(units, numbers(len(sizes)), numbers(), numbers(), sizes)
 
     def __call__(self, x, tokens: Tokens, state: RecursionState | None = None):
         B, T, _ = x.shape
@@ -123,8 +125,8 @@ class MixtureOfRecursionsModule(Layer):
             if look_ahead:
                 agreements.append(_mean(wish == chosen, active))
 
-            # A piece that continues from a state may spend what its document has saved: any of it may pass.
-            slots = T if state is not None else max(1, budget(share, T))
+            # A piece that continues from a state may spend what its document has saved: up to what there is room for.
+            slots = max(1, budget(share, T)) if state is None else min(T, state.slots[r])
             inner = None if state is None else state.units[r]
             x, inner, aux = self._recur(x, gate, chosen, slots, tokens.fold(r), inner)
             units.append(inner)
@@ -139,7 +141,9 @@ class MixtureOfRecursionsModule(Layer):
             said.traces["agreement"] = jnp.stack(agreements)
         summed = jax.tree.map(lambda *steps: sum(steps), *updates)
         aux = said | Aux(updates=summed).under("unit")
-        return x, None if state is None else RecursionState(tuple(units), jnp.stack(counts, 1), last, length), aux
+        if state is not None:
+            state = RecursionState(tuple(units), jnp.stack(counts, 1), last, length, state.slots)
+        return x, state, aux
 
     def _recur(self, x, gate, chosen: Bool[Array, "B T"], slots: int, tokens: Tokens, state):
         """`x + gate unit(x)` for the chosen, at most `slots` a row; the unit's state and aux.

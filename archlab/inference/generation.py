@@ -82,7 +82,8 @@ def grow(state, larger):
     def place(small, large):
         return small if small.shape == large.shape else jax.lax.dynamic_update_slice(large, small, (0,) * large.ndim)
 
-    return jax.tree.map(place, state, larger)
+    leaves, structure = jax.tree.flatten(larger)  # which knows the new sizes
+    return jax.tree.unflatten(structure, map(place, jax.tree.leaves(state), leaves))
 
 
 class _Rows(NamedTuple):
