@@ -83,15 +83,17 @@ class Interrupted(SystemExit):
 def train(run: Run, corpus: Corpus | None = None, tokenizer=None, *, out: str | Path | None = None, mesh=None,
           name: str = "training", log_every: int = 10, eval_every: int = 0, eval_batches: int | None = 20,
           checkpoint_every: int = 0, keep: int = 2, flops_per_token: float | None = None, tensorboard: bool = True,
-          wandb: str | None = None, quiet: bool = False) -> Result:
+          wandb: str | None = None, collapse_after: int = 100, quiet: bool = False) -> Result:
     """Trains a model, or goes on where an earlier call with the same `run` and `out` stopped.
 
     Args:
       corpus, tokenizer: what `run.data` and `run.tokenizer` name, where they are at hand.
-      out: a folder for metrics.jsonl, config.json, TensorBoard's files and checkpoints; None writes nothing.
+      out: a folder for metrics.jsonl, of models with experts also experts.jsonl, config.json, TensorBoard's files and
+        checkpoints; None writes nothing.
       mesh: from `make_mesh`; None for one device.
       eval_every, checkpoint_every: in steps; 0 for once, after the last. eval_batches: of validation, None for all.
-      flops_per_token: of training, to show the MFU.
+      flops_per_token: of training, to show the MFU. collapse_after: steps for which an expert must starve before a
+        warning names it (`archlab.training.collapse`).
 
     Raises:
       ValueError: settings that do not fit one another, or a folder with checkpoints of another run.
@@ -144,7 +146,8 @@ def train(run: Run, corpus: Corpus | None = None, tokenizer=None, *, out: str | 
         stop = stack.enter_context(_signals())
         recorder = Recorder(steps=run.steps, tokens_per_step=run.batch * run.context, vocab=run.model.vocab,
                             rate=run.optimizer.rate(run.steps), log_every=log_every, seconds=seconds,
-                            progress=progress, journal=journal, peak_tokens_per_second=peak)
+                            progress=progress, journal=journal, peak_tokens_per_second=peak,
+                            collapse_after=collapse_after)
         evaluation = None
         for step in range(start + 1, run.steps + 1):
             state, metrics = train_step(state, place(next(batches)))  # returns at once; the device works on

@@ -15,24 +15,42 @@ PEAK_FLOPS = {"TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5": 459e12, "TPU v6
               "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}
 
 
-class Journal:
-    """`metrics.jsonl` in a folder, one object per logged step, written through at once.
+class Lines:
+    """A file of JSON lines, objects with a `step`, written through at once.
 
     Opened again to go on after `step`, it drops the later rows (their steps are about to be run again) and a last line
-    that was cut off; `rows` are those that stay.
+    that was cut off; `rows` are those that stay. A file is made with the first row.
     """
+
+    def __init__(self, path: Path, step: int = 0):
+        self.path, self.file = path, None
+        self.rows = [row for row in read_rows(path) if row["step"] <= step]
+        if path.is_file():
+            part = path.with_suffix(".part")
+            part.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+            os.replace(part, path)
+
+    def write(self, row: dict) -> None:
+        self.rows.append(row)
+        self.file = self.file or self.path.open("a")
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+
+    def close(self) -> None:
+        if self.file:
+            self.file.close()
+
+
+class Journal:
+    """`metrics.jsonl` in a folder, one object per logged step; beside it, of models with experts, `experts.jsonl`
+    (`ExpertRecord`). `rows`: those of the metrics."""
 
     def __init__(self, folder: Path | str, step: int = 0, tensorboard: bool = True, wandb: str | None = None,
                  config: str = "{}"):
-        """Args: wandb: the name of a project, or None. config: JSON to show there."""
+        """Args: step: to go on after (`Lines`). wandb: the name of a project, or None. config: JSON to show there."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "metrics.jsonl"
-        self.rows = [row for row in read_rows(path) if row["step"] <= step]
-        part = path.with_suffix(".part")
-        part.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-        os.replace(part, path)
-        self.file = path.open("a")
+        self.metrics, self.experts = Lines(folder / "metrics.jsonl", step), Lines(folder / "experts.jsonl", step)
         self.board = self.wandb = None
         if tensorboard:
             from tensorboardX import SummaryWriter
@@ -45,10 +63,12 @@ class Journal:
                 raise ValueError("wandb is not installed: pip install 'archlab[wandb]'") from error
             self.wandb = client.init(project=wandb, dir=str(folder), config=json.loads(config), resume="allow")
 
+    @property
+    def rows(self) -> list[dict]:
+        return self.metrics.rows
+
     def write(self, row: dict) -> None:
-        self.rows.append(row)
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
+        self.metrics.write(row)
         numbers = {key: value for key, value in row.items() if key != "step"}
         for name, value in numbers.items() if self.board else ():
             self.board.add_scalar(name, value, row["step"])
@@ -56,7 +76,8 @@ class Journal:
             self.wandb.log(numbers, step=row["step"])
 
     def close(self) -> None:
-        self.file.close()
+        self.metrics.close()
+        self.experts.close()
         if self.board:
             self.board.close()
         if self.wandb:

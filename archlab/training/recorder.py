@@ -7,6 +7,7 @@ import time
 
 import jax
 
+from archlab.training.expert_record import ExpertRecord
 from archlab.training.metrics import Journal
 from archlab.training.progress import Progress
 
@@ -25,12 +26,14 @@ class Recorder:
     """`add` after each step; `settle` before anything that must see the newest step; `commit` writes its row."""
 
     def __init__(self, *, steps: int, tokens_per_step: int, vocab: int, rate, log_every: int, seconds: float,
-                 progress: Progress, journal: Journal | None, peak_tokens_per_second: float | None):
+                 progress: Progress, journal: Journal | None, peak_tokens_per_second: float | None,
+                 collapse_after: int = 100):
         self.steps, self.tokens_per_step, self.rate, self.log_every = steps, tokens_per_step, rate, log_every
         self.limit = 2 * math.log(vocab)  # twice what a uniform guess costs
         self.seconds, self.durations = seconds, []
         self.progress, self.journal, self.peak = progress, journal, peak_tokens_per_second
         self.rows = journal.rows if journal else []
+        self.experts = ExpertRecord(journal and journal.experts, progress.say, collapse_after)
         self.waiting = self.row = None
         self.losses, self.learned = collections.deque(maxlen=WINDOW), False
         self.start_clock()
@@ -50,10 +53,13 @@ class Recorder:
         if self.waiting is None:
             return
         (step, metrics), self.waiting = self.waiting, None
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        values = jax.device_get(metrics)
+        traces = values.pop("traces", {})
+        values = {name: float(value) for name, value in values.items()}
         now = time.perf_counter()
         self.durations.append(now - self.clock)
         self.seconds, self.clock = self.seconds + now - self.clock, now
+        self.experts.add(step, traces)
         self._watch(step, values["loss"], values["grad_norm"])
         speed = self.tokens_per_step / statistics.median(self.durations[-self.log_every:])
         self.row = {"step": step, **values, "tokens": step * self.tokens_per_step, "seconds": round(self.seconds, 3),
@@ -69,6 +75,7 @@ class Recorder:
         row |= more
         self.progress.show(row)
         if more or row["step"] % self.log_every == 0 or row["step"] in (1, self.steps):
+            row |= self.experts.write(row["step"])
             self.journal.write(row) if self.journal else self.rows.append(row)
 
     @property
@@ -78,7 +85,7 @@ class Recorder:
 
     def _watch(self, step: int, loss: float, grad_norm: float) -> None:
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
-            raise Diverged(step, f"loss {loss}, gradient norm {grad_norm}")
+            raise Diverged(step, f"loss {loss}, gradient norm {grad_norm}{self.experts.broken()}")
         self.losses.append(loss)
         mean = statistics.fmean(self.losses)
         if len(self.losses) == WINDOW and mean > self.limit and self.learned:

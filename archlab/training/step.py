@@ -17,6 +17,7 @@ from archlab.model import LanguageModel, Model
 from archlab.parallel.mesh import optimizer_shardings, parameter_shardings
 from archlab.training.objectives import prepare, run
 
+WATCHED = ("load", "largest_logit")  # traces of layers with experts that a step hands out
 HIDING = 2**31 - 1  # what is folded into a step's key to draw what is hidden; micro-batches fold in their number
 
 
@@ -64,14 +65,16 @@ def make_train_step(structure: nnx.GraphDef, transform: optax.GradientTransforma
     Args:
       bytes_per_token: [V]. seed: of the training form's random numbers; each step has its own.
     Returns metrics, scalars on the device: loss (nats per target), bits_per_byte, grad_norm, and aux/NAME for each
-      loss that a layer adds.
+      loss that a layer adds; and "traces", those of layers with experts that training watches: {path: array}, where a
+      path ends in load or largest_logit; means over micro-batches.
     """
     def loss_of(params, rest, batch: Batch, training: Training, count):
         model = merge(structure, params, rest)
         out = run(model, batch, training)
         nll = jnp.sum(model.losses(out.hidden, batch.targets) * batch.weights) / count
-        aux, updates = jax.tree.map(lambda x: x / accumulate, (out.aux.losses, out.aux.updates))
-        return nll + sum(map(jnp.sum, aux.values())), (nll, jax.tree.map(jnp.sum, aux), updates)
+        watched = {path: value for path, value in out.aux.traces.items() if path.split("/")[-1] in WATCHED}
+        aux, updates, traces = jax.tree.map(lambda x: x / accumulate, (out.aux.losses, out.aux.updates, watched))
+        return nll + sum(map(jnp.sum, aux.values())), (nll, jax.tree.map(jnp.sum, aux), updates, traces)
 
     def micro_batches(batch: Batch) -> Batch:  # every n-th row, so that rows spread over a mesh stay where they are
         cut = lambda a: a.reshape(a.shape[0] // accumulate, accumulate, *a.shape[1:]).swapaxes(0, 1)
@@ -94,15 +97,18 @@ def make_train_step(structure: nnx.GraphDef, transform: optax.GradientTransforma
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         batch = prepare(merge(structure, state.params, state.rest).config, batch, jax.random.fold_in(key, HIDING))
         count = jnp.maximum(jnp.sum(batch.weights), 1)
-        (_, (nll, aux, updates)), grads = gradients(state, batch, key, count)
+        (_, (nll, aux, updates, traces)), grads = gradients(state, batch, key, count)
         moves, optimizer = transform.update(grads, state.optimizer, state.params)
         new = TrainState(optax.apply_updates(state.params, moves), move(state.rest, updates), optimizer, state.step + 1)
         length = jnp.sum(jnp.asarray(bytes_per_token)[batch.targets] * batch.weights)
         metrics = {"loss": nll, "bits_per_byte": nll * count / (jnp.maximum(length, 1) * jnp.log(2.0)),
-                   "grad_norm": optax.tree.norm(grads), **{f"aux/{name}": value for name, value in aux.items()}}
+                   "grad_norm": optax.tree.norm(grads), **{f"aux/{name}": value for name, value in aux.items()},
+                   "traces": traces}
         return new, metrics
 
-    return jax.jit(step, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))
+    # On a mesh all metrics are whole on every device: each process reads them.
+    places = None if shardings is None else (shardings, shardings.step)
+    return jax.jit(step, donate_argnums=0, out_shardings=places)
 
 
 def move(rest: dict[str, jax.Array], updates: dict[str, jax.Array]) -> dict[str, jax.Array]:
