@@ -21,24 +21,34 @@ from jaxtyping import Array, Float, Int
 
 from archlab.experts.grouped import grouped_dot
 from archlab.layers.contract import wide
+from archlab.layers.mlp import ClippedSwiGLU, activate
 
 BLOCK = 128  # rows multiplied at once; smaller where an expert has fewer
 FEW = 16  # tokens for which it is fastest to run every expert: the time is that of reading the weights
 
 
 class Experts(NamedTuple):
-    """The weights of all experts, and their activation: up and gate [E, D, F] (gate may be None), down [E, F, D]."""
+    """The weights of all experts: up and gate [E, D, F], down [E, F, D]; their biases [E, F] and [E, D]; None where
+    there is none. activation: as `activate` of `layers.mlp` takes it."""
 
     up: jax.Array
     gate: jax.Array | None
     down: jax.Array
-    activation: Callable
+    up_bias: jax.Array | None
+    gate_bias: jax.Array | None
+    down_bias: jax.Array | None
+    activation: str | ClippedSwiGLU
 
-    def __call__(self, x: jax.Array, product: Callable) -> jax.Array:
-        """The MLP of each row's own expert; `product(x, weight)` multiplies each row by its own expert's weight."""
-        up = product(x, self.up)
-        hidden = self.activation(up) if self.gate is None else self.activation(product(x, self.gate)) * up
-        return product(hidden, self.down)
+    def __call__(self, x: jax.Array, product: Callable, own: Callable) -> jax.Array:
+        """The MLP of each row's own expert. `product(x, weight)` multiplies each row by its own expert's weight, and
+        `own(bias)` is what to add to each row."""
+        def through(x, weight, bias):
+            y = product(x, weight)
+            return y if bias is None else y + own(bias).astype(y.dtype)
+
+        up = through(x, self.up, self.up_bias)
+        gate = None if self.gate is None else through(x, self.gate, self.gate_bias)
+        return through(activate(self.activation, up, gate), self.down, self.down_bias)
 
 
 class Plan(NamedTuple):
@@ -82,7 +92,8 @@ def sorted_blocks(x: Float[Array, "N D"], experts: Int[Array, "N k"], weights: F
     owners = jnp.minimum((ends <= jnp.arange(count)[:, None]).sum(1), E - 1)  # unused blocks come last
     rows = jnp.minimum(starts[experts.reshape(-1)] + rank, count * size)
     product = lambda x, weight: grouped_dot(x, weight, owners)
-    return through(plan(rows, count * size), x, weights, lambda x: params(x, product))
+    own = lambda bias: jnp.repeat(bias[owners], size, axis=0)
+    return through(plan(rows, count * size), x, weights, lambda x: params(x, product, own))
 
 
 def chosen(x: Float[Array, "N D"], experts: Int[Array, "N k"], weights: Float[Array, "N k"],
@@ -90,8 +101,8 @@ def chosen(x: Float[Array, "N D"], experts: Int[Array, "N k"], weights: Float[Ar
     """Fetches the weights of each slot's expert. A decode step takes the time of reading weights from memory: with
     fewer slots than experts, to read only the chosen ones is all that sparsity can save there."""
     E = len(params.up)
-    product = lambda x, w: einsum("nkd,nkdf->nkf", x, jnp.take(w, jnp.minimum(experts, E - 1), axis=0))
-    y = params(jnp.repeat(x[:, None], experts.shape[1], axis=1), product)
+    own = lambda w: jnp.take(w, jnp.minimum(experts, E - 1), axis=0)
+    y = params(jnp.repeat(x[:, None], experts.shape[1], axis=1), lambda x, w: einsum("nkd,nkdf->nkf", x, own(w)), own)
     return mix(y, jnp.where(experts < E, weights, 0))
 
 
@@ -99,7 +110,8 @@ def dense(x: Float[Array, "N D"], experts: Int[Array, "N k"], weights: Float[Arr
           params: Experts) -> Float[Array, "N D"]:
     """Every expert on every token."""
     E = len(params.up)
-    y = params(jnp.broadcast_to(x, (E, *x.shape)), lambda x, w: einsum("end,edf->enf", x, w))
+    product = lambda x, w: einsum("end,edf->enf", x, w)
+    y = params(jnp.broadcast_to(x, (E, *x.shape)), product, lambda bias: bias[:, None])
     hits = experts[..., None] == jnp.arange(E)
     return jnp.einsum("nke,nk,end->nd", hits.astype(weights.dtype), weights, wide(y)).astype(x.dtype)
 

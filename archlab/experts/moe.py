@@ -1,98 +1,129 @@
 """The mixture-of-experts layer: a router sends each token to a few of many MLPs.
 
-Shazeer et al. 2017 (arXiv:1701.06538); Switch: Fedus et al. 2021 (arXiv:2101.03961); the router's arithmetic in
-float32 whatever the compute dtype, without which training diverges: Switch, section 2.4.
+Shazeer et al. 2017 (arXiv:1701.06538); Switch: Fedus et al. 2021 (arXiv:2101.03961). Fine-grained and shared experts
+(DeepSeekMoE, arXiv:2401.06066) are expressions: `Parallel(MoE(64, 1408, TopK(6)), SwiGLU(2816))`.
 """
 
-import jax
+import math
+
 import jax.numpy as jnp
 from flax import nnx
 
-from archlab.experts.capacity import fit, rows_per_expert
+from archlab.experts.balance import Balance, LoadLoss, SwitchLoss, ZLoss, routing_traces
+from archlab.experts.capacity import Capacity
 from archlab.experts.dispatch import Experts
 from archlab.experts.parallel import run_experts
-from archlab.experts.routers import TopK, balance_loss, routing_traces, z_loss
-from archlab.layers.alphabet import parameter, project
-from archlab.layers.config import LayerConfig, near, require
-from archlab.layers.contract import Aux, Layer, Place, Tokens, wide
-from archlab.layers.mlp import ACTIVATIONS, residual_scale
+from archlab.experts.routers import Router, TopK
+from archlab.layers.alphabet import parameter
+from archlab.layers.config import LayerConfig, require
+from archlab.layers.contract import Aux, Layer, Place, Tokens
+from archlab.layers.mlp import ClippedSwiGLU, check_activation, residual_scale
 
 
 class MoE(LayerConfig):
-    """Token-choice experts: `sum_j weight_j * expert_j(x)` over the chosen ones.
+    """`sum_j weight_j * expert_j(x)` over the experts that the router chose.
 
-    experts: E. hidden: F of each expert. router: how many each token goes to, and with what weights.
-    capacity_factor: in the training form an expert takes `ceil(capacity_factor * k * n / E)` tokens of a sequence of n,
-    the first to come; a choice that finds it full adds nothing. None: nothing is dropped. Without training nothing
-    ever is.
-    balance_loss, z_loss: coefficients (`routers`). jitter: in the training form the router's input, and only that, is
-    multiplied by U(1 - jitter, 1 + jitter) (Switch: 0.01). activation, gated: of the experts, as in `MLP`.
+    experts: E. hidden: F of each expert. capacity: bounds what an expert takes in the training form; None: nothing is
+    dropped. Without training nothing ever is. balance: the losses that keep the load even and the router modest.
+    activation, gated, bias: of the experts, as in `MLP`. scale_input: the weights scale what the experts read instead
+    of what they give (Llama 4). init_scale: multiplies the variance of all initial weights (Switch: 0.1).
     """
 
     experts: int
     hidden: int
-    router: TopK = TopK(2, softmax="after")
-    capacity_factor: float | None = None
-    balance_loss: float = 0.01
-    z_loss: float = 0.001
-    jitter: float = 0.0
-    activation: str = "silu"
+    router: Router = TopK(2, renormalise=True)
+    capacity: Capacity | None = None
+    balance: tuple[Balance, ...] = (SwitchLoss(), ZLoss())
+    activation: str | ClippedSwiGLU = "silu"
     gated: bool = True
+    bias: bool = False
+    scale_input: bool = False
+    init_scale: float = 1.0
 
     def __post_init__(self):
         require(self.experts >= 1, self, "experts", "must be at least 1")
         require(self.hidden >= 1, self, "hidden", "must be at least 1")
-        require(self.router.k <= self.experts, self, "router", f"must choose no more than experts = {self.experts}")
-        require(self.capacity_factor is None or self.capacity_factor > 0, self, "capacity_factor",
-                "must be positive, or None to drop nothing")
-        for field in ("balance_loss", "z_loss"):
-            require(getattr(self, field) >= 0, self, field, "must not be negative")
-        require(0 <= self.jitter < 1, self, "jitter", "must lie in [0, 1)")
-        require(self.activation in ACTIVATIONS, self, "activation", near(str(self.activation), ACTIVATIONS))
+        require(isinstance(self.router, Router), self, "router", "must be a router, such as TopK(2)")
+        self.router.check(self.experts)
+        require(self.capacity is None or isinstance(self.capacity, Capacity), self, "capacity",
+                "must be Capacity(factor), or None to drop nothing")
+        require(all(isinstance(b, Balance) for b in self.balance), self, "balance",
+                "must be a tuple of losses, such as (SwitchLoss(),)")
+        names = [b.name for b in self.balance]
+        require(len(set(names)) == len(names), self, "balance", "has the same loss twice")
+        require(self.router.noisy or not any(isinstance(b, LoadLoss) for b in self.balance), self, "balance",
+                "LoadLoss judges how likely each choice was: it wants a router with noise, such as NoisyTopK(2)")
+        check_activation(self)
+        require(self.init_scale > 0, self, "init_scale", "must be positive")
 
     def build(self, rngs: nnx.Rngs, at: Place) -> "MoEModule":
         return MoEModule(self, rngs, at)
 
 
 class MoEModule(Layer):
-    """Weights: router [D, E], up and gate [E, D, F], down [E, F, D].
+    """Weights: those of the router; up and gate [E, D, F], down [E, F, D], and their biases [E, F] and [E, D].
 
-    Losses: balance, router_z. Traces: those of `routing_traces`, and dropped, the share of choices that found their
-    expert full.
+    Losses: by the names of `config.balance`. Traces: those of `routing_traces`, and dropped, the share of choices that
+    found no room.
     """
 
     def __init__(self, config: MoE, rngs: nnx.Rngs, at: Place):
         D, E, F = at.width, config.experts, config.hidden
-        uses = config.router.k / E
+        scale, uses = math.sqrt(config.init_scale), config.router.used(E) / E
+        weight = lambda *about, scale=scale: parameter(rngs, *about, scale=scale, uses=uses)
         self.config = config
-        self.router = parameter(rngs, "D->E", (D, E))
-        self.up = parameter(rngs, "ED->F", (E, D, F), uses=uses)
-        self.gate = parameter(rngs, "ED->F", (E, D, F), uses=uses) if config.gated else None
-        self.down = parameter(rngs, "EF->D", (E, F, D), scale=residual_scale(at), uses=uses)
+        self.router = config.router.build(rngs, at, E, scale)
+        self.up = weight("ED->F", (E, D, F))
+        self.gate = weight("ED->F", (E, D, F)) if config.gated else None
+        self.down = weight("EF->D", (E, F, D), scale=scale * residual_scale(at))
+        self.up_bias = weight("E->F", (E, F)) if config.bias else None
+        self.gate_bias = weight("E->F", (E, F)) if config.bias and config.gated else None
+        self.down_bias = weight("E->D", (E, D)) if config.bias else None
 
     def __call__(self, x, tokens: Tokens, state=None):
         config, real, E = self.config, tokens.real, self.config.experts
-        logits = project(self._router_input(x, tokens), self.router, "BTD,DE->BTE")
-        routing = config.router(logits)
-        experts, capacity = jnp.where(real[..., None], routing.experts, E), None  # E: padding goes to nobody
-        kept = experts
-        if tokens.training is not None and config.capacity_factor is not None:
-            room = rows_per_expert(config.capacity_factor, config.router.k, E, x.shape[1])
-            kept, capacity = fit(experts, E, jnp.asarray(room)[real.sum(1)]), int(room[-1])
+        routing = self.router(x, tokens)
+        experts, weights, capacity = jnp.where(real[..., None], routing.experts, E), routing.weights, None
+        kept, shape = experts, x.shape  # E: padding goes to nobody
+        if tokens.training is not None and config.capacity is not None:
+            asked, kept, capacity = self._fit(experts, routing.gates, real)
+            weights = weights if not config.capacity.reroute else config.router.weigh(routing.gates, asked)
+            join = lambda a: a.reshape(-1, config.capacity.rows * a.shape[1], a.shape[2])
+            x, kept, weights = join(x), join(kept), join(weights)
+        if config.scale_input:
+            x, kept, weights = _scaled(x, kept, weights)
+            y = run_experts(x, kept, weights, self.weights(), capacity)
+            y = y.reshape(*shape[:2], -1, shape[2]).sum(2)
+        else:
+            y = run_experts(x, kept, weights, self.weights(), capacity).reshape(shape)
 
-        gate = None if self.gate is None else self.gate[...]
-        params = Experts(self.up[...], gate, self.down[...], ACTIVATIONS[config.activation])
-        y = run_experts(x, kept, routing.weights, params, capacity)
+        losses = {loss.name: loss.weight * loss(routing, real) for loss in config.balance}
+        dropped = 1 - (kept < E).sum() / jnp.maximum((experts < E).sum(), 1)
+        traces = routing_traces(routing, real) | {"dropped": dropped}
+        return y, None, routing.aux.under("router") | Aux(losses, traces)
 
-        losses = {"balance": config.balance_loss * balance_loss(routing, real),
-                  "router_z": config.z_loss * z_loss(logits, real)}
-        dropped = (kept != experts).sum() / jnp.maximum((experts < E).sum(), 1)
-        return y, None, Aux(losses, routing_traces(routing, real) | {"dropped": dropped})
+    def weights(self) -> Experts:
+        """The experts' weights as arrays."""
+        value = lambda weight: None if weight is None else weight[...]
+        return Experts(value(self.up), value(self.gate), value(self.down), value(self.up_bias), value(self.gate_bias),
+                       value(self.down_bias), self.config.activation)
 
-    def _router_input(self, x, tokens: Tokens):
-        """`x` in at least float32, jittered in the training form."""
-        x, jitter = wide(x), self.config.jitter
-        if tokens.training is None or not jitter:
-            return x
-        key = jax.random.fold_in(tokens.training.key, 1)  # the key itself is the enclosing block's, for its dropout
-        return x * jax.random.uniform(key, x.shape, x.dtype, 1 - jitter, 1 + jitter)
+    def _fit(self, experts, gates, real):
+        """What each choice asked for in the end and whom it got, [B, T, k], and the room of an expert for one group of
+        rows."""
+        capacity, rows, (B, T, k) = self.config.capacity, self.config.capacity.rows, experts.shape
+        if B % rows:
+            raise ValueError(f"Capacity.rows = {rows}: must divide the {B} rows of the batch (of a micro-batch, where "
+                             "there are several)")
+        room = capacity.room(k, self.config.experts, rows * T)
+        join = lambda a: a.reshape(B // rows, rows * T, *a.shape[2:])
+        asked, kept = capacity.fit(join(experts), join(gates), jnp.asarray(room)[join(real).sum(1)])
+        return asked.reshape(B, T, k), kept.reshape(B, T, k), int(room[-1])
+
+
+def _scaled(x, experts, weights):
+    """Each choice as a token of its own, which its weight scales: [B, T k, D], with experts and weights [B, T k, 1]."""
+    B, T, k = experts.shape
+    scaled = x[:, :, None] * weights[..., None].astype(x.dtype)
+    apart = lambda a: a.reshape(B, T * k, -1)
+    return apart(scaled), apart(experts), jnp.ones((B, T * k, 1), weights.dtype)

@@ -1,99 +1,197 @@
-"""Token-choice routing: which experts a token goes to, with what weights, and what an unbalanced choice costs.
+"""Routers: which experts a token goes to, and with what weights.
 
-Everything here is a pure function of the router's logits, in at least float32. The published conventions differ in
-two respects only, whether the softmax is taken before or after the k best are chosen, and whether the k weights are
-scaled to sum to 1:
+A router's rule is a pure function of logits (and of a bias, where one balances the load); its module holds the weights
+that make logits of tokens. The published conventions of token choice are expressions of `TopK`:
 
-    Switch (arXiv:2101.03961)             TopK(1)                     weight p_i
-    GShard's gate (arXiv:2006.16668)      TopK(2, renormalise=True)   p_i / (p_1 + p_2)
-    Mixtral (arXiv:2401.04088), Granite   TopK(2, softmax="after")    softmax over the chosen logits: the same numbers
-    Jamba (arXiv:2403.19887), OLMoE       TopK(2)                     p_i: they sum to less than 1
+    Switch (arXiv:2101.03961)             TopK(1, jitter=0.01)                          weight p_i
+    Mixtral (arXiv:2401.04088), gpt-oss   TopK(2, renormalise=True)                     softmax over the chosen logits
+    OLMoE (arXiv:2409.02060), Jamba       TopK(8)                                       p_i: they sum to less than 1
+    Llama 4                               TopK(1, score="sigmoid")                      scales the expert's input
+    DeepSeek-V2 (arXiv:2405.04434)        TopK(6, groups=Groups(8, keep=3), scale=16)
+    DeepSeek-V3 (arXiv:2412.19437)        TopK(8, "sigmoid", True, 2.5, Groups(8, keep=4, best=2), balance_rate=0.001)
+
+Other rules have files of their own: noisy, gshard, sampled, expert_choice, hierarchical, mixture_of_routers.
 """
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from flax import nnx
+from jaxtyping import Array, Float, Int
 
+from archlab.layers.alphabet import Steered, parameter, project
 from archlab.layers.config import Config, near, require
-from archlab.layers.contract import pytree, wide
+from archlab.layers.contract import Aux, Place, Tokens, pytree, wide
+
+SCORES = {"softmax": lambda logits: jax.nn.softmax(logits, axis=-1), "sigmoid": jax.nn.sigmoid}
 
 
 @pytree
 class Routing:
-    """experts: the chosen, best first. weights: of their outputs. probs: softmax over all experts."""
+    """What a router decided, E standing for "nobody".
+
+    experts [B, T, k]: the chosen, best first. weights [B, T, k]: of their outputs. gates [B, T, E]: what the weight of
+    each expert would be made of. probs [B, T, E]: sum to 1; the balance of these and of the choices is judged.
+    logits [B, T, E]. chances [B, T, E]: how likely each expert was to be chosen, where there is noise (`NoisyTopK`).
+    aux: what the router itself has to say.
+    """
 
     experts: Int[Array, "B T k"]
     weights: Float[Array, "B T k"]
+    gates: Float[Array, "B T E"]
     probs: Float[Array, "B T E"]
+    logits: Float[Array, "B T E"]
+    chances: Float[Array, "B T E"] | None = None
+    aux: Aux = dataclasses.field(default_factory=Aux)
 
 
-class TopK(Config):
-    """Every token goes to the `k` experts with the highest logits.
+class Router(Config):
+    """Base of all routers. A subclass says `k`, the most experts that a token goes to, and builds its module, which
+    gives a `Routing` for a stream [B, T, D] and its tokens. noisy: whether the `Routing` knows `chances`."""
 
-    softmax: "before" the choice, over all experts, or "after" it, over the chosen. renormalise: scale the weights of
-    the softmax before the choice to sum to 1.
+    noisy = False
+
+    def build(self, rngs: nnx.Rngs, at: Place, experts: int, scale: float) -> nnx.Module:
+        """The module. scale: multiplies the default standard deviation of its weights."""
+        raise TypeError(f"{type(self).__name__} does not say how it is built")
+
+    def check(self, experts: int) -> None:
+        """Raises ValueError where it cannot choose among so many experts."""
+        require(self.k <= experts, self, "k", f"must be at most the number of experts, {experts}")
+
+    def used(self, experts: int) -> float:
+        """How many experts a token goes to on average, for the accounts."""
+        return self.k
+
+    def weigh(self, gates: Float[Array, "B T E"], experts: Int[Array, "B T k"]) -> Float[Array, "B T k"]:
+        """The weights of some experts' outputs; 0 for nobody's."""
+        return pick(gates, experts)
+
+
+class Groups(Config):
+    """Node-limited routing (DeepSeek-V2, section 2.1.3): the experts stand in `count` groups, and a token goes to the
+    `keep` best only. A group is as good as the sum of its `best` best experts."""
+
+    count: int
+    keep: int
+    best: int = 1
+
+    def __post_init__(self):
+        require(self.count >= 1, self, "count", "must be at least 1")
+        require(1 <= self.keep <= self.count, self, "keep", f"must lie between 1 and count = {self.count}")
+        require(self.best >= 1, self, "best", "must be at least 1")
+
+    def limit(self, scores: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
+        """The scores, -inf outside the groups kept."""
+        grouped = scores.reshape(*scores.shape[:-1], self.count, -1)
+        _, kept = jax.lax.top_k(jax.lax.top_k(grouped, self.best)[0].sum(-1), self.keep)
+        inside = (kept[..., None] == jnp.arange(self.count)).any(-2)
+        return jnp.where(inside[..., None], grouped, -jnp.inf).reshape(scores.shape)
+
+
+class TopK(Router):
+    """Every token goes to the `k` experts with the highest scores.
+
+    score: "softmax" of the logits, or "sigmoid" of each. renormalise: scale the k weights to sum to 1; with softmax
+    this is the softmax over the chosen logits. scale: multiplies the weights. groups: limits the choice. jitter: in the
+    training form the router's input, and only that, is multiplied by U(1 - jitter, 1 + jitter). bias: of the logits,
+    learned. balance_rate: a bias for the choice alone, which is moved once a step by so much towards an even load
+    (Wang et al. 2024, arXiv:2408.15664: 0.001); 0 for none.
     """
 
     k: int
-    softmax: str = "before"
+    score: str = "softmax"
     renormalise: bool = False
+    scale: float = 1.0
+    groups: Groups | None = None
+    jitter: float = 0.0
+    bias: bool = False
+    balance_rate: float = 0.0
 
     def __post_init__(self):
         require(self.k >= 1, self, "k", "must be at least 1")
-        require(self.softmax in ("before", "after"), self, "softmax", near(str(self.softmax), ("before", "after")))
-        require(not (self.renormalise and self.softmax == "after"), self, "renormalise",
-                'a softmax "after" the choice sums to 1 already')
-        require(self.k > 1 or not (self.renormalise or self.softmax == "after"), self, "k",
-                'one weight scaled to 1 teaches the router nothing: k = 1 wants softmax="before", renormalise=False')
+        require(self.score in SCORES, self, "score", near(str(self.score), SCORES))
+        require(self.k > 1 or not self.renormalise, self, "renormalise",
+                "one weight scaled to 1 teaches the router nothing: k = 1 wants False")
+        require(self.scale > 0, self, "scale", "must be positive")
+        require(0 <= self.jitter < 1, self, "jitter", "must lie in [0, 1)")
+        require(self.balance_rate >= 0, self, "balance_rate", "must be 0 (no such bias) or positive")
 
-    def __call__(self, logits: Float[Array, "B T E"]) -> Routing:
+    def check(self, experts: int) -> None:
+        super().check(experts)
+        if self.groups is None:
+            return
+        count, keep, best = self.groups.count, self.groups.keep, self.groups.best
+        require(experts % count == 0, self, "groups", f"count = {count} must divide the number of experts, {experts}")
+        require(best <= experts // count, self, "groups", f"best = {best}: a group has {experts // count} experts")
+        require(self.k <= keep * (experts // count), self, "groups",
+                f"k = {self.k} experts do not stand in keep = {keep} groups of {experts // count}")
+
+    def __call__(self, logits: Float[Array, "B T E"], balance: Float[Array, "E"] | None = None) -> Routing:
+        """The rule. balance: added to the scores for the choice, not in the weights."""
         logits = wide(logits)
-        probs = jax.nn.softmax(logits, axis=-1)
-        chosen, experts = jax.lax.top_k(logits, self.k)
-        if self.softmax == "after":
-            return Routing(experts, jax.nn.softmax(chosen, axis=-1), probs)
-        weights = jnp.take_along_axis(probs, experts, axis=-1)
+        gates = SCORES[self.score](logits)
+        merit = logits if balance is None and self.groups is None else gates
+        if balance is not None:
+            merit = merit + jax.lax.stop_gradient(balance)
+        if self.groups is not None:
+            merit = self.groups.limit(merit)
+        _, experts = jax.lax.top_k(merit, self.k)
+        probs = gates if self.score == "softmax" else gates / (gates.sum(-1, keepdims=True) + 1e-20)
+        return Routing(experts, self.weigh(gates, experts), gates, probs, logits)
+
+    def weigh(self, gates, experts):
+        weights = pick(gates, experts)
         if self.renormalise:
-            weights = weights / weights.sum(-1, keepdims=True)
-        return Routing(experts, weights, probs)
+            weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)
+        return weights * self.scale
+
+    def build(self, rngs, at, experts, scale):
+        return TopKModule(self, rngs, at, experts, scale)
 
 
-def expert_load(routing: Routing, real: Bool[Array, "B T"]) -> Float[Array, "E"]:
-    """The share of all choices of real tokens that fell on each expert; sums to 1."""
-    E, k = routing.probs.shape[-1], routing.experts.shape[-1]
-    hits = (routing.experts[..., None] == jnp.arange(E)) & real[..., None, None]
-    return hits.sum((0, 1, 2)).astype(routing.probs.dtype) / (k * _count(real))
+class TopKModule(nnx.Module):
+    """Weights: weight [D, E], bias [E]; balance [E], which no gradient moves."""
+
+    def __init__(self, config: TopK, rngs: nnx.Rngs, at: Place, experts: int, scale: float):
+        self.config = config
+        self.weight = parameter(rngs, "D->E", (at.width, experts), scale=scale)
+        self.bias = parameter(rngs, "->E", (experts,)) if config.bias else None
+        self.balance = Steered.zeros("->E", (experts,), config.balance_rate) if config.balance_rate else None
+
+    def __call__(self, x: Float[Array, "B T D"], tokens: Tokens) -> Routing:
+        logits = project(jittered(x, tokens, self.config.jitter), self.weight, "BTD,DE->BTE")
+        if self.bias is not None:
+            logits = logits + self.bias[...].astype(logits.dtype)
+        if self.balance is None:
+            return self.config(logits)
+        routing = self.config(logits, self.balance[...])
+        counts = choices_of(routing.experts, tokens.real, logits.shape[-1])
+        return dataclasses.replace(routing, aux=Aux(updates={"balance": counts.mean() - counts}))
 
 
-def balance_loss(routing: Routing, real: Bool[Array, "B T"]) -> jax.Array:
-    """Switch Transformer's load-balancing loss (section 2.2), over all real tokens of the batch: `E * sum_i f_i P_i`.
-
-    f_i is expert i's share of the choices and P_i its mean probability. All k choices count, and f sums to 1 (some
-    codes let it sum to k): uniform routing gives 1 whatever k is, and all on one expert gives E for k = 1.
-    """
-    mean = jnp.where(real[..., None], routing.probs, 0).sum((0, 1)) / _count(real)
-    return routing.probs.shape[-1] * jnp.sum(expert_load(routing, real) * mean)
-
-
-def z_loss(logits: Float[Array, "B T E"], real: Bool[Array, "B T"]) -> jax.Array:
-    """ST-MoE's router z-loss (arXiv:2202.08906, equation 5): the mean over real tokens of logsumexp(logits)^2."""
-    return jnp.where(real, jax.nn.logsumexp(wide(logits), axis=-1) ** 2, 0).sum() / _count(real)
+def jittered(x: Float[Array, "B T D"], tokens: Tokens, jitter: float) -> Float[Array, "B T D"]:
+    """What a router reads: `x` in at least float32, without which training diverges (Switch, section 2.4), and noisy
+    in the training form where `jitter` says so."""
+    x = wide(x)
+    if tokens.training is None or not jitter:
+        return x
+    return x * jax.random.uniform(router_key(tokens), x.shape, x.dtype, 1 - jitter, 1 + jitter)
 
 
-def routing_traces(routing: Routing, real: Bool[Array, "B T"]) -> dict[str, jax.Array]:
-    """What to look at, over the real tokens of the batch.
-
-    load [E]: share of the choices. max_violation: max(load) / mean(load) - 1, 0 for perfect balance
-    (arXiv:2408.15664). entropy: mean entropy in nats of a token's probabilities, low for a decided router;
-    mean_entropy: entropy of their mean, log E for a balanced one. choices [B, T, k]: the experts, -1 at padding.
-    """
-    load = expert_load(routing, real)
-    entropy = lambda p: -jnp.sum(jnp.where(p > 0, p * jnp.log(jnp.where(p > 0, p, 1)), 0), axis=-1)
-    mean = jnp.where(real[..., None], routing.probs, 0).sum((0, 1)) / _count(real)
-    return {"load": load, "max_violation": load.max() * load.size - 1,
-            "entropy": jnp.where(real, entropy(routing.probs), 0).sum() / _count(real), "mean_entropy": entropy(mean),
-            "choices": jnp.where(real[..., None], routing.experts, -1)}
+def router_key(tokens: Tokens) -> jax.Array:
+    """A router's random key: the layer's own is the enclosing block's too, for its dropout."""
+    return jax.random.fold_in(tokens.training.key, 1)
 
 
-def _count(real: Bool[Array, "B T"]) -> jax.Array:
-    return jnp.maximum(real.sum(), 1)
+def pick(values: Float[Array, "B T E"], experts: Int[Array, "B T k"]) -> Float[Array, "B T k"]:
+    """Each token's values at its experts; 0 for nobody's."""
+    E = values.shape[-1]
+    return jnp.where(experts < E, jnp.take_along_axis(values, jnp.minimum(experts, E - 1), axis=-1), 0)
+
+
+def choices_of(experts: Int[Array, "B T k"], real, count: int) -> Int[Array, "E"]:
+    """How many choices of real tokens fell on each expert."""
+    hits = (experts[..., None] == jnp.arange(count)) & real[..., None, None]
+    return hits.sum((0, 1, 2))

@@ -73,6 +73,15 @@ def parameter(rngs: nnx.Rngs, letters: str, shape: tuple[int, ...], init: Callab
     return nnx.Param(init(rngs.params(), shape, jnp.float32), letters=letters, decay=decay, uses=uses)
 
 
+class Steered(nnx.Variable):
+    """Numbers that no gradient moves and no optimizer sees. Once a step each is moved by `rate` in the direction of the
+    sign of its `Aux.updates`, summed over all of the step's tokens."""
+
+    @classmethod
+    def zeros(cls, letters: str, shape: tuple[int, ...], rate: float) -> "Steered":
+        return cls(jnp.zeros(shape, jnp.float32), letters=letters, rate=rate)
+
+
 def reuse(module: nnx.Module, times: float) -> None:
     """Notes for the accounts that a token passes `times` times through all of `module`, on average: n for a unit that
     recurs n times, a share below 1 for one that only some tokens are routed to."""
@@ -144,7 +153,11 @@ def _vector_product(x: jax.Array, matrix: jax.Array, spec: str) -> jax.Array:
     return pieces.sum(0).reshape([sizes.get(letter, 1) for letter in outputs(spec)]).astype(x.dtype)
 
 
+def variables_of(module, kind: type = nnx.Variable) -> dict:
+    """Path ("body/unit/layers/0/layer/query") -> variable, in the module's order. Works on abstract modules too."""
+    return {"/".join(map(str, path)): variable for path, variable in nnx.to_flat_state(nnx.state(module, kind))}
+
+
 def parameters_of(module) -> dict[str, nnx.Param]:
-    """Path ("body/unit/layers/0/layer/query") -> parameter, in the module's order. Works on abstract modules too."""
-    return {"/".join(map(str, path)): variable
-            for path, variable in nnx.to_flat_state(nnx.state(module, nnx.Param))}
+    """The `variables_of` it that are trained."""
+    return variables_of(module, nnx.Param)

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 
 def pytree(cls):
-    """Class decorator: a frozen dataclass whose fields are pytree children, but for those whose metadata says static."""
+    """Class decorator: a frozen dataclass whose fields are pytree children, but where metadata says static."""
     return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
 
 

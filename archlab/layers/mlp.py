@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from archlab.layers.alphabet import parameter, project
-from archlab.layers.config import LayerConfig, near, require
+from archlab.layers.config import Config, LayerConfig, near, require
 from archlab.layers.contract import Aux, Layer, Place, Tokens
 
 ACTIVATIONS = {
@@ -20,23 +20,54 @@ ACTIVATIONS = {
 }
 
 
+class ClippedSwiGLU(Config):
+    """gpt-oss's activation of a gated MLP: `g sigmoid(alpha g) (u + 1)`, with the gate g at most `limit` and u within
+    [-limit, limit]."""
+
+    limit: float = 7.0
+    alpha: float = 1.702
+
+    def __post_init__(self):
+        require(self.limit > 0, self, "limit", "must be positive")
+
+    def __call__(self, gate: jax.Array, up: jax.Array) -> jax.Array:
+        gate, up = jnp.minimum(gate, self.limit), jnp.clip(up, -self.limit, self.limit)
+        return gate * jax.nn.sigmoid(self.alpha * gate) * (up + 1)
+
+
 class MLP(LayerConfig):
     """`act(x W_up) W_down`; with `gated`, `(act(x W_gate) * (x W_up)) W_down`.
 
-    hidden: F. activation: one of gelu, gelu_tanh, relu, relu2, silu. bias: on every product.
+    hidden: F. activation: one of gelu, gelu_tanh, relu, relu2, silu, or ClippedSwiGLU(). bias: on every product.
     """
 
     hidden: int
-    activation: str = "gelu"
+    activation: str | ClippedSwiGLU = "gelu"
     gated: bool = False
     bias: bool = False
 
     def __post_init__(self):
         require(self.hidden > 0, self, "hidden", "must be at least 1")
-        require(self.activation in ACTIVATIONS, self, "activation", near(str(self.activation), ACTIVATIONS))
+        check_activation(self)
 
     def build(self, rngs: nnx.Rngs, at: Place) -> "MLPModule":
         return MLPModule(self, rngs, at)
+
+
+def check_activation(config) -> None:
+    """Raises ValueError where `config.activation` is none, or does not fit `config.gated`."""
+    if isinstance(config.activation, ClippedSwiGLU):
+        require(config.gated, config, "activation", "wants gated=True")
+    else:
+        require(config.activation in ACTIVATIONS, config, "activation", near(str(config.activation), ACTIVATIONS))
+
+
+def activate(activation: str | ClippedSwiGLU, up: jax.Array, gate: jax.Array | None) -> jax.Array:
+    """The hidden channels of an MLP from what its first products give; gate: None where there is none."""
+    if isinstance(activation, ClippedSwiGLU):
+        return activation(gate, up)
+    act = ACTIVATIONS[activation]
+    return act(up) if gate is None else act(gate) * up
 
 
 def SwiGLU(hidden: int, **fields) -> MLP:
@@ -63,12 +94,9 @@ class MLPModule(Layer):
         self.down_bias = parameter(rngs, "->D", (D,)) if config.bias else None
 
     def __call__(self, x, tokens: Tokens, state=None):
-        act = ACTIVATIONS[self.activation]
         up = add_bias(project(x, self.up, "BTD,DF->BTF"), self.up_bias)
-        if self.gate is None:
-            hidden = act(up)
-        else:
-            hidden = act(add_bias(project(x, self.gate, "BTD,DF->BTF"), self.gate_bias)) * up
+        gate = None if self.gate is None else add_bias(project(x, self.gate, "BTD,DF->BTF"), self.gate_bias)
+        hidden = activate(self.activation, up, gate)
         return add_bias(project(hidden, self.down, "BTF,FD->BTD"), self.down_bias), None, Aux()
 
 

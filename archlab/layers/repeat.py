@@ -216,7 +216,7 @@ def _relabel(stacked, n: int):
     """Marks the copies' axis L on what was stacked; keeps one of the copies of what is shared, used n times."""
     structure, shared, own = nnx.split(stacked, _is_shared, ...)
     for _, variable in nnx.to_flat_state(own):
-        if isinstance(variable, nnx.Param):
+        if "letters" in variable.get_metadata():
             variable.set_metadata(letters="L" + variable.letters)
     reuse(shared, n)
     return nnx.merge(structure, own, jax.tree.map(lambda a: a[0], shared))

@@ -87,6 +87,31 @@ class ParallelModule(Layer):
         return y, None if state is None else tuple(states), aux
 
 
+class Gated(LayerConfig):
+    """`sigmoid(w . x) layer(x)`, one gate for each token: Qwen2-MoE's shared expert (arXiv:2407.10671, section 2.2)."""
+
+    layer: LayerConfig
+
+    def build(self, rngs: nnx.Rngs, at: Place) -> "GatedModule":
+        return GatedModule(self, rngs, at)
+
+
+class GatedModule(Layer):
+    """Weights: weight [D, 1] and those of `layer`."""
+
+    def __init__(self, config: Gated, rngs: nnx.Rngs, at: Place):
+        self.weight = parameter(rngs, "D->.", (at.width, 1))
+        self.layer = config.layer.build(rngs, at)
+
+    def init_state(self, batch, max_length, dtype=jnp.float32, memory=None):
+        return self.layer.init_state(batch, max_length, dtype, memory)
+
+    def __call__(self, x, tokens: Tokens, state=None):
+        y, state, aux = self.layer(x, tokens, state)
+        gate = jax.nn.sigmoid(wide(project(x, self.weight, "BTD,DP->BTP"))).astype(x.dtype)
+        return gate * y, state, aux.under("layer")
+
+
 class Provide(LayerConfig):
     """Publishes a value of `layer` under `name` for the rest of the enclosing `Sequence` or `Recur`.
 

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from archlab.data.batches import Batch
-from archlab.layers.alphabet import parameters_of
+from archlab.layers.alphabet import Steered, parameters_of, variables_of
 from archlab.layers.contract import Training, pytree
 from archlab.layers.weights import merge, split
 from archlab.model import LanguageModel, Model
@@ -95,11 +95,14 @@ def make_train_step(structure: nnx.GraphDef, transform: optax.GradientTransforma
 
     def step(state: TrainState, batch: Batch):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        batch = prepare(merge(structure, state.params, state.rest).config, batch, jax.random.fold_in(key, HIDING))
+        model = merge(structure, state.params, state.rest)
+        rates = {path: variable.rate for path, variable in variables_of(model, Steered).items()}
+        batch = prepare(model.config, batch, jax.random.fold_in(key, HIDING))
         count = jnp.maximum(jnp.sum(batch.weights), 1)
         (_, (nll, aux, updates, traces)), grads = gradients(state, batch, key, count)
         moves, optimizer = transform.update(grads, state.optimizer, state.params)
-        new = TrainState(optax.apply_updates(state.params, moves), move(state.rest, updates), optimizer, state.step + 1)
+        rest = move(state.rest, updates, rates)
+        new = TrainState(optax.apply_updates(state.params, moves), rest, optimizer, state.step + 1)
         length = jnp.sum(jnp.asarray(bytes_per_token)[batch.targets] * batch.weights)
         metrics = {"loss": nll, "bits_per_byte": nll * count / (jnp.maximum(length, 1) * jnp.log(2.0)),
                    "grad_norm": optax.tree.norm(grads), **{f"aux/{name}": value for name, value in aux.items()},
@@ -111,12 +114,14 @@ def make_train_step(structure: nnx.GraphDef, transform: optax.GradientTransforma
     return jax.jit(step, donate_argnums=0, out_shardings=places)
 
 
-def move(rest: dict[str, jax.Array], updates: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """The model's other variables after a layer's updates, which are added: `Aux.updates` names them by path."""
+def move(rest: dict[str, jax.Array], updates: dict[str, jax.Array], rates: dict[str, float]) -> dict[str, jax.Array]:
+    """The model's other variables after a step's updates, which `Aux.updates` names by path: what is `Steered` goes by
+    its rate in their direction, to anything else they are added. rates: of what is steered, by path."""
     unknown = sorted(set(updates) - set(rest))
     if unknown:
         raise ValueError(f"updates for variables that the model does not have: {unknown}; it has {sorted(rest)}")
-    return rest | {path: rest[path] + change.astype(rest[path].dtype) for path, change in updates.items()}
+    after = lambda path, change: rest[path] + (rates[path] * jnp.sign(change) if path in rates else change)
+    return rest | {path: after(path, change).astype(rest[path].dtype) for path, change in updates.items()}
 
 
 def parameters(config: LanguageModel) -> dict[str, nnx.Param]:

@@ -6,6 +6,7 @@ knows the order. Published: 16 experts, two a token, as wide as the dense layers
 """
 
 from archlab.attention.attention import Attention
+from archlab.experts.balance import SwitchLoss
 from archlab.experts.moe import MoE
 from archlab.experts.routers import TopK
 from archlab.layers.mlp import SwiGLU
@@ -25,7 +26,7 @@ def jamba(width: int, units: int, heads: int, hidden: int, experts: int = 16, kv
         "M": Residual(Mamba(state, inner_norms=True)),
         "A": Residual(Attention(heads, kv_heads, positions=None)),
         "F": Residual(SwiGLU(hidden)),
-        "E": Residual(MoE(experts, hidden, TopK(2), balance_loss=0.001, z_loss=0.0)),
+        "E": Residual(MoE(experts, hidden, TopK(2), balance=(SwitchLoss(0.001),))),
     }
     unit = Sequence(*(layers[letter] for letter in pattern.replace(" ", "")))
     return LanguageModel(vocab, width, Repeat(unit, units))

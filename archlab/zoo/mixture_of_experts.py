@@ -16,7 +16,7 @@ def mixture_of_experts(width: int, depth: int, heads: int, hidden: int, experts:
 
     top_k: how many experts a token goes to: 1 routes as Switch does, more as Mixtral does.
     """
-    router = TopK(1) if top_k == 1 else TopK(top_k, softmax="after")
+    router = TopK(1) if top_k == 1 else TopK(top_k, renormalise=True)
     block = Sequence(Residual(Attention(heads, kv_heads)), Residual(MoE(experts, hidden, router, **moe)))
     return LanguageModel(vocab, width, Repeat(block, depth))
 

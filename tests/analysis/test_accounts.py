@@ -13,6 +13,7 @@ from archlab.analysis.flops import count
 from archlab.attention import attention
 from archlab.attention.blocks import GROUPS
 from archlab.attention.core import attend_plain
+from archlab.experts.capacity import Capacity
 from archlab.experts.moe import MoE
 from archlab.experts.routers import TopK
 from archlab.layers.alphabet import parameters_of
@@ -99,7 +100,7 @@ def test_shared_weights_count_once_and_apply_every_time():
 @pytest.mark.parametrize("capacity_factor", [None, 1.25])
 def test_experts_count_by_how_many_each_token_goes_to(capacity_factor):
     T, D, F, L, V, E, k = 1024, 128, 256, 6, 256, 16, 2
-    moe = MoE(E, F, TopK(k, softmax="after"), capacity_factor)
+    moe = MoE(E, F, TopK(k, renormalise=True), capacity_factor and Capacity(capacity_factor))
     config = archlab.get_config("transformer-tiny").set("body.unit.layers.1.layer", moe)
     profile, p = archlab.profile(config, T), count_parameters(config)
     dense = L * (4 * D * D + D * E + 2 * D) + D

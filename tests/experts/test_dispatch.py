@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from archlab.experts.capacity import fit, rows_per_expert
+from archlab.experts.capacity import Capacity
 from archlab.experts.dispatch import Experts, dense, dropless, rank_in_group
 from archlab.experts.grouped import grouped_dot, ragged_dot
 from archlab.experts.parallel import run_experts
@@ -14,12 +14,13 @@ from archlab.experts.parallel import run_experts
 D, F = 6, 10
 
 
-def problem(N, E, k, seed=0, gated=True):
+def problem(N, E, k, seed=0, gated=True, bias=False):
     """Tokens, distinct experts for each (some nobody's), weights and the experts' matrices, in float64."""
-    keys = iter(jax.random.split(jax.random.key(seed), 6))
+    keys = iter(jax.random.split(jax.random.key(seed), 9))
     draw = lambda *shape: jax.random.normal(next(keys), shape)
     x, weights, logits = draw(N, D), jax.nn.softmax(draw(N, k)), draw(N, E)
-    params = Experts(draw(E, D, F), draw(E, D, F) if gated else None, draw(E, F, D), jax.nn.silu)
+    biases = (draw(E, F), draw(E, F), draw(E, D)) if bias else (None, None, None)
+    params = Experts(draw(E, D, F), draw(E, D, F) if gated else None, draw(E, F, D), *biases, "silu")
     experts = jax.lax.top_k(logits + jnp.linspace(0, 3, E), k)[1].astype(jnp.int32)
     return x, jnp.where(jnp.arange(N)[:, None] % 7 == 3, E, experts), weights, params
 
@@ -37,7 +38,13 @@ def with_gradients(form, x, experts, weights, params):
 @pytest.mark.parametrize("N, E, k", [(40, 5, 2), (150, 3, 1), (30, 1, 1), (3, 8, 2), (17, 64, 4)])
 def test_dropless_equals_dense(float64, N, E, k):
     """Blocks of several sizes, experts that receive nothing, and few enough slots to fetch each one's weights."""
-    args = problem(N, E, k)
+    args = problem(N, E, k, bias=N > 10)
+    chex.assert_trees_all_close(with_gradients(dropless, *args), with_gradients(dense, *args), rtol=1e-10, atol=1e-10)
+
+
+def test_biases_of_few_slots(float64):
+    """The form that fetches weights fetches biases."""
+    args = problem(3, 8, 2, bias=True)
     chex.assert_trees_all_close(with_gradients(dropless, *args), with_gradients(dense, *args), rtol=1e-10, atol=1e-10)
 
 
@@ -49,7 +56,7 @@ def test_all_on_one_expert(float64):
 
 
 def test_capacity_that_fits_all_equals_dense(float64):
-    x, experts, weights, params = problem(40, 5, 2)
+    x, experts, weights, params = problem(40, 5, 2, bias=True)
     rows = lambda a: a.reshape(4, 10, -1)
 
     def form(x, experts, weights, params):
@@ -62,23 +69,10 @@ def test_capacity_that_fits_all_equals_dense(float64):
 def test_capacity_drops_what_fit_dropped(float64):
     x, experts, weights, params = problem(40, 5, 2)
     rows = lambda a: a.reshape(4, 10, -1)
-    kept = fit(rows(experts), 5, jnp.full(4, 3))
+    kept = Capacity(1.0).fit(rows(experts), jnp.ones((4, 10, 5)), jnp.full(4, 3))[1]
     assert (kept != rows(experts)).any()
     got = run_experts(rows(x), kept, rows(weights), params, capacity=3).reshape(x.shape)
     np.testing.assert_allclose(got, dense(x, kept.reshape(40, 2), weights, params), rtol=1e-10, atol=1e-12)
-
-
-def test_fit_keeps_the_first_to_come():
-    experts = jnp.array([[[0, 1], [0, 2], [2, 0], [0, 1]], [[1, 2], [0, 1], [3, 3], [3, 3]]])  # 3 is nobody
-    kept = fit(experts, 3, jnp.array([2, 1]))
-    assert kept.tolist() == [[[0, 1], [0, 2], [2, 3], [3, 1]], [[1, 2], [0, 3], [3, 3], [3, 3]]]
-
-
-def test_rows_per_expert():
-    """min(n, ceil(factor k n / E)), exactly, also where float arithmetic would round up a whole number."""
-    assert rows_per_expert(1.25, 2, 8, 16)[[0, 1, 8, 16]].tolist() == [0, 1, 3, 5]
-    assert rows_per_expert(1.1, 1, 11, 100)[[10, 50, 100]].tolist() == [1, 5, 10]
-    assert rows_per_expert(5.0, 2, 4, 6).tolist() == [0, 1, 2, 3, 4, 5, 6]
 
 
 def test_rank_in_group():
@@ -100,7 +94,7 @@ def test_grouped_products_agree(float64):
 
 def test_bfloat16_stays_and_gradients_keep_the_weights_precision():
     x, experts, weights, params = problem(64, 4, 2)
-    params = params._replace(**{n: v.astype(jnp.float32) for n, v in params._asdict().items() if n != "activation"})
+    params = jax.tree.map(lambda a: a if isinstance(a, str) else a.astype(jnp.float32), params)
     grads, y = with_gradients(dropless, x.astype(jnp.bfloat16), experts, weights.astype(jnp.float32), params)
     assert y.dtype == jnp.bfloat16 and grads[0].dtype == jnp.bfloat16 and grads[2]["up"].dtype == jnp.float32
     want = dense(x.astype(jnp.float32), experts, weights.astype(jnp.float32), params)

@@ -96,10 +96,10 @@ def test_the_state_is_consumed():
 
 def test_updates_are_added_by_path():
     rest = {"body/bias": jnp.zeros(2), "body/other": jnp.ones(1)}
-    moved = move(rest, {"body/bias": jnp.array([0.5, -0.5])})
+    moved = move(rest, {"body/bias": jnp.array([0.5, -0.5])}, {})
     chex.assert_trees_all_close(moved, {"body/bias": jnp.array([0.5, -0.5]), "body/other": jnp.ones(1)})
     with pytest.raises(ValueError, match="body/nothing"):
-        move(rest, {"body/nothing": jnp.zeros(2)})
+        move(rest, {"body/nothing": jnp.zeros(2)}, {})
 
 
 def test_evaluation_sums():
