@@ -6,7 +6,8 @@ Each folder under fixtures/ is a Hugging Face checkpoint saved by transformers (
 - config.older.json where the hub's older files say the same in other words, and
 - expected.safetensors: ids [2, T], logits [2, T, V] and the greedy continuation [2, 12] of each row's first 8 ids,
   ids_long and logits_long where the frequencies change with the length; encoder-decoders have source [2, S] and
-  source_mask [2, S], ids are the decoder's, and greedy continues the decoder's start token.
+  source_mask [2, S], ids are the decoder's, and greedy continues the decoder's start token. Where experts are chosen
+  (mixtures.py), also which, and why.
 Every parameter is random, and epsilons, bases and multipliers are unusual, so that no default hides a missing term.
 Greedy ids are recomputed from the whole text at every step, because transformers' cache keeps keys that were turned by
 the frequencies of a shorter text; they ignore end-of-text, and their margins are wide, so rounding cannot flip one.
@@ -23,11 +24,10 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from tests.hub.mixtures import (ABSENT, IDS, MIXTURES, MIXTURES_OLDER, MIXTURES_PUBLISHED, fan_in, publish, rope,
+                                routing, through_fp4, watch)
+
 FIXTURES = Path(__file__).parent / "fixtures"
-
-
-def rope(theta=500.0, **more):
-    return dict(rope_parameters={"rope_type": "default", "rope_theta": theta, **more})
 
 
 def scaled(kind, **more):
@@ -40,7 +40,6 @@ def factors(n, step):
     return [round(1 + step * i, 2) for i in range(n)]
 
 
-IDS = dict(vocab_size=64, bos_token_id=1, eos_token_id=2, pad_token_id=0)
 MHA = IDS | dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64)
 GQA = MHA | dict(num_key_value_heads=2, intermediate_size=36)
 RMS = GQA | dict(rms_norm_eps=3e-3)
@@ -146,12 +145,13 @@ VARIANTS = {  # name: class of the config, and its arguments
         d_model=24, encoder_layers=2, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=2,
         encoder_ffn_dim=32, decoder_ffn_dim=40, max_position_embeddings=40, activation_function="relu",
         scale_embedding=True, pad_token_id=1, bos_token_id=0, decoder_start_token_id=2)),
+    **MIXTURES,
 }
 LONG = ("llama-dynamic", "llama-longrope", "phi3-longrope")  # with a second text, beyond the original length
 EARLY = ("gpt2-early", "gpt_neox-sequential", "bloom-post", "t5-silu")  # with the tensors of early checkpoints
 UNTIED = ("t5-gated", "mt5")  # transformers 5 calls these tied, and yet keeps two tables where the file has two
 SHARDS = {"llama-sharded": "20KB"}
-DTYPES = {"llama-bf16": torch.bfloat16}
+DTYPES = {"llama-bf16": torch.bfloat16, "gpt_oss-mxfp4": torch.bfloat16}
 ATTENTION = {"falcon-alibi": "sdpa"}  # its eager form adds the bias twice
 OLDER = {  # written in the older words too, with these fields beyond the renamings
     "gpt_neox": {}, "llama-linear": {}, "llama-dynamic": {}, "llama-yarn": {}, "llama-longrope": {},
@@ -160,14 +160,15 @@ OLDER = {  # written in the older words too, with these fields beyond the renami
     "qwen3": dict(use_sliding_window=False, sliding_window=5, max_window_layers=1),  # a window that is not used
     "gemma": dict(hidden_act="gelu"),  # which means its approximation by tanh
     "gemma3": dict(sliding_window_pattern=3), "cohere2": dict(sliding_window_pattern=3),
-    "t5-gated": dict(tie_word_embeddings=False), "mt5": dict(tie_word_embeddings=False),
+    "t5-gated": dict(tie_word_embeddings=False), "mt5": dict(tie_word_embeddings=False), **MIXTURES_OLDER,
 }
 
 
 def create(name):
     kind, fields = VARIANTS[name]
     config = getattr(transformers, kind + "Config")(**copy.deepcopy(fields))
-    model = auto(config).from_config(config, attn_implementation=ATTENTION.get(name, "eager")).eval()
+    model = auto(config).from_config(config, attn_implementation=ATTENTION.get(name, "eager"),
+                                     experts_implementation="eager").eval()
     if name in UNTIED:
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
     return model
@@ -187,18 +188,26 @@ def randomise(model, source):
                 continue
             seen.add(id(weight))
             noise = torch.randn(weight.shape, generator=source)
-            if name == "bias":
+            if name == "gate_up_proj_bias":
+                weight.data = 0.5 * module.limit * noise  # so that some are clipped
+            elif name.endswith("bias"):
                 weight.data = 0.2 * noise
+            elif name == "sinks":
+                weight.data = noise
             elif "Norm" in kind:
                 sign = torch.randint(0, 2, weight.shape, generator=source) * 2 - 1  # else a tied head repeats its input
                 weight.data = (1 + 0.3 * noise) * sign - (1 if kind.startswith("Gemma") else 0)  # Gemma adds 1 to it
             elif isinstance(module, torch.nn.Embedding):
                 weight.data = 0.5 * noise
             else:
-                weight.data = 1.5 * noise * weight.shape[0 if kind == "Conv1D" else 1] ** -0.5
-        if hasattr(module, "final_logits_bias"):
-            module.final_logits_bias.copy_(0.5 * torch.randn(module.final_logits_bias.shape, generator=source))
+                weight.data = 1.5 * noise * fan_in(module, name, weight) ** -0.5
+        for name, size in (("final_logits_bias", 0.5), ("e_score_correction_bias", 0.3)):
+            if hasattr(module, name):
+                getattr(module, name).copy_(size * torch.randn(getattr(module, name).shape, generator=source))
     for module in model.modules():
+        if type(module).__name__.startswith("Switch") and hasattr(module, "shared"):
+            for stack in (module.encoder, module.decoder):  # three tables if the head is not tied, alike in files
+                stack.embed_tokens.weight.copy_(module.shared.weight)
         if hasattr(module, "has_relative_attention_bias"):
             module.q.weight.data *= 0.3  # T5 leaves its scores as large as they are, and float32 loses digits in them
 
@@ -235,6 +244,17 @@ def continue_greedily(model, given):
     return greedy if min(len(row.unique()) for row in greedy) > 3 else None
 
 
+def choose_clearly(model, given, source):
+    """Whether rounding cannot send a token elsewhere, here or in the greedy text; notes in `given` who goes where."""
+    found, clear = watch(model, lambda: logits_of(model, given["ids"], given), source)
+    start = given["ids"][:, :1 if model.config.is_encoder_decoder else 8]
+    text = torch.cat([start, given["greedy"]], 1)
+    clear = clear and watch(model, lambda: logits_of(model, text, given), source)[1]
+    tensors = routing(found)
+    given |= tensors or {}
+    return clear and tensors is not None
+
+
 def older(config, changes):
     """The same config in the words of the hub's older files."""
     config = dict(config)
@@ -258,7 +278,11 @@ def older(config, changes):
         if kind != "default":
             word = "rope_type" if kind == "llama3" or config["model_type"] == "gemma3_text" else "type"
             config["rope_scaling"] = {word: kind, **rope}
-    return config | changes
+    if config["model_type"] == "dbrx":
+        kept = ("clip_qkv", "kv_n_heads", "model_type")
+        theta = {"rope_theta": config.pop("rope_theta")}
+        config["attn_config"] = {name: config["attn_config"][name] for name in kept} | theta
+    return {name: value for name, value in (config | changes).items() if value is not ABSENT}
 
 
 def early(weights, family):
@@ -290,23 +314,29 @@ def make(name):
         given = inputs(model.config, source)
         for _ in range(4):  # logits of standard deviation 2
             model.get_output_embeddings().weight.data *= 2 / logits_of(model, given["ids"], given).std()
-        for weight in model.parameters():
-            weight.data = weight.to(dtype).float()
+        for path, weight in model.named_parameters():
+            fp4 = name == "gpt_oss-mxfp4" and path.endswith(("experts.gate_up_proj", "experts.down_proj"))
+            weight.data = through_fp4(weight) if fp4 else weight.to(dtype).float()
         given["logits"] = logits_of(model, given["ids"], given)
         given["greedy"] = continue_greedily(model, given)
-        if given["greedy"] is not None:
+        if given["greedy"] is not None and choose_clearly(model, given, source):
             break
     else:
-        raise RuntimeError(f"{name}: no seed gives a clear greedy text")
+        raise RuntimeError(f"{name}: no seed gives a clear greedy text and clear choices of experts")
     if name in LONG:
         given["ids_long"] = torch.randint(3, 64, (2, 40), generator=source)
         given["logits_long"] = logits_of(model, given["ids_long"], given)
     shutil.rmtree(folder, ignore_errors=True)
     model.to(dtype).save_pretrained(folder, max_shard_size=SHARDS.get(name, "1GB"))
-    (folder / "generation_config.json").unlink()
+    (folder / "generation_config.json").unlink(missing_ok=True)
     if name in EARLY:
         file = folder / "model.safetensors"
         save_file(early(load_file(file), model.config.model_type), file, metadata={"format": "pt"})
+    if name in MIXTURES_PUBLISHED:
+        file = folder / "model.safetensors"
+        weights, config = publish(load_file(file), json.loads((folder / "config.json").read_text()))
+        save_file(weights, file, metadata={"format": "pt"})
+        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     if name in OLDER:
         config = older(json.loads((folder / "config.json").read_text()), OLDER[name])
         (folder / "config.older.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
@@ -320,9 +350,14 @@ def check(folder, given):
     """What was saved, read back by transformers under either config, gives the logits that were written."""
     for file in folder.glob("config*.json"):
         fields = json.loads(file.read_text())
+        if fields["model_type"] == "dbrx":  # transformers 5.23 does not look for it where files had it
+            fields["rope_parameters"] = {"rope_theta": fields["attn_config"]["rope_theta"]}
+        if "quantization_config" in fields:
+            fields["quantization_config"]["dequantize"] = True
         config = transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
         model = auto(config).from_pretrained(folder, config=config, dtype=torch.float32,
-                                             attn_implementation=ATTENTION.get(folder.name, "eager"))
+                                             attn_implementation=ATTENTION.get(folder.name, "eager"),
+                                             experts_implementation="eager")
         for ids, logits in (("ids", "logits"), ("ids_long", "logits_long")):
             if ids in given:
                 error = (logits_of(model, given[ids], given) - given[logits]).abs().max()
