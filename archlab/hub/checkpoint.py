@@ -5,11 +5,14 @@
 """
 
 import dataclasses
+import functools
 import json
+import operator
 import os
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -19,7 +22,7 @@ from archlab.hub.layout import Part, flattened
 from archlab.hub.plan import compare, has_own_head, leaves, plan
 from archlab.hub.reading import check_dtype, read
 from archlab.hub.tensors import INDEX, SHARD, SINGLE, Tensors, write
-from archlab.layers.alphabet import parameters_of
+from archlab.layers.alphabet import lettered
 from archlab.layers.weights import merge, split
 from archlab.model import LanguageModel, Model
 from archlab.parallel.mesh import parameter_shardings
@@ -54,11 +57,12 @@ def load(folder: str | Path, dtype=None, mesh=None) -> Model:
             if config.tied and has_own_head(tensors, family):
                 config = dataclasses.replace(config, tied=False)
             model = nnx.eval_shape(lambda: config.build(nnx.Rngs(0)))
-            parameters = parameters_of(model)
-            wanted = plan(family, config, parameters)
+            variables = lettered(model)
+            wanted = plan(family, config, variables)
             names = compare(wanted, tensors, family, config.tied)
-            places = None if mesh is None else parameter_shardings(model, mesh)[0]
-            arrays = read(wanted, names, tensors, dict.fromkeys(parameters, dtype), places)
+            dtypes = {path: dtype if isinstance(v, nnx.Param) else jnp.float32 for path, v in variables.items()}
+            places = None if mesh is None else functools.reduce(operator.or_, parameter_shardings(model, mesh))
+            arrays = read(wanted, names, tensors, dtypes, places)
     except ValueError as error:
         raise ValueError(f"{folder} ({values['model_type']}): {error}") from error
     return merge(split(model)[0], arrays)
@@ -77,12 +81,12 @@ def save(model: Model, folder: str | Path, fields: dict | None = None, shard: in
         raise ValueError(f"fields = {meaningful}: what the model computes is for its config to say")
     family, values = describe(model.config, fields.get("model_type"))
     config = family.config(values)
-    parameters = split(model)[1]
-    if set(parameters) != set(_abstract_parameters(model.config)):
+    arrays = {path: variable.get_value() for path, variable in lettered(model).items()}
+    if set(arrays) != set(_abstract(model.config)):
         raise ValueError("the arrays of this model are not those of its config (an unstacked one: save what it was "
                          "made from)")
-    wanted = plan(family, config, _abstract_parameters(config))
-    source = _Source([blocks.body for blocks in family.blocks], config, model.config, parameters)
+    wanted = plan(family, config, _abstract(config))
+    source = _Source([blocks.body for blocks in family.blocks], config, model.config, arrays)
     dtype_of = lambda name: source.copy(wanted[name].parts[0]).dtype
 
     def make(name):
@@ -94,9 +98,9 @@ def save(model: Model, folder: str | Path, fields: dict | None = None, shard: in
                 tensor[theirs] = view[ours]
         return tensor
 
-    kinds = {str(a.dtype) for a in parameters.values()}
+    kinds = {str(a.dtype) for a in split(model)[1].values()}
     values = fields | {name: value for name, value in values.items() if value is not None or name not in fields}
-    values["dtype"] = values["torch_dtype"] = str(parameters["embed/table"].dtype) if len(kinds) > 1 else kinds.pop()
+    values["dtype"] = values["torch_dtype"] = str(arrays["embed/table"].dtype) if len(kinds) > 1 else kinds.pop()
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     files = write(folder, {name: stored.shape for name, stored in wanted.items()}, dtype_of, make, shard)
@@ -108,15 +112,15 @@ def save(model: Model, folder: str | Path, fields: dict | None = None, shard: in
         (folder / file).unlink(missing_ok=True)
 
 
-def _abstract_parameters(config: LanguageModel) -> dict[str, nnx.Param]:
-    return parameters_of(nnx.eval_shape(lambda: config.build(nnx.Rngs(0))))
+def _abstract(config: LanguageModel) -> dict[str, nnx.Variable]:
+    return lettered(nnx.eval_shape(lambda: config.build(nnx.Rngs(0))))
 
 
 class _Source:
-    """The parameters of a model, found by the paths of a config that does the same with other repeats."""
+    """The arrays of a model, found by the paths of a config that does the same with other repeats."""
 
-    def __init__(self, bodies: list[str], config, own, parameters: dict[str, jax.Array]):
-        self.arrays = {path: np.asarray(array) for path, array in parameters.items()}
+    def __init__(self, bodies: list[str], config, own, arrays: dict[str, jax.Array]):
+        self.arrays = {path: np.asarray(array) for path, array in arrays.items()}
         self.own = {}  # {path and copy by `config`: path and copy by `own`}
         for body in bodies:
             self.own |= zip(leaves(getattr(config, body), body), leaves(getattr(own, body), body), strict=True)

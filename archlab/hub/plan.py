@@ -25,7 +25,7 @@ class Stored(NamedTuple):
 def plan(family: Family, config, parameters: dict) -> dict[str, Stored]:
     """{name of a tensor: `Stored`} for all parameters of a model.
 
-    Args: config: as `family.config` made it. parameters: `parameters_of` its model, which may be abstract.
+    Args: config: as `family.config` made it. parameters: what is `lettered` of its model, which may be abstract.
     Raises: ValueError listing the parameters for which the family has no rule.
     """
     found: dict[str, Stored] = {}

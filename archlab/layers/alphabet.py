@@ -161,3 +161,8 @@ def variables_of(module, kind: type = nnx.Variable) -> dict:
 def parameters_of(module) -> dict[str, nnx.Param]:
     """The `variables_of` it that are trained."""
     return variables_of(module, nnx.Param)
+
+
+def lettered(module) -> dict:
+    """The `variables_of` it that have letters: parameters, and what is steered beside them. Checkpoints hold these."""
+    return {path: variable for path, variable in variables_of(module).items() if "letters" in variable.get_metadata()}
