@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from archlab.data import Corpus, validation_batches
+from archlab.layers.traces import per_layer
 from archlab.model import Model
 from archlab.training.objectives import prepare, run
 
@@ -19,7 +20,7 @@ PER_TOKEN = {"depth": "recursions", "steps": "steps before halting", "step_size"
 @dataclasses.dataclass(frozen=True)
 class Inside:
     """ids [T]: the text. per_token: label -> values [T], the mean over layers. load [layers, E]: each expert's share
-    of the tokens, None without experts; layers: the names of its rows."""
+    of the tokens (0 for those a layer does not have), None without experts; layers: the names of its rows."""
 
     ids: np.ndarray
     per_token: dict[str, np.ndarray]
@@ -40,8 +41,7 @@ def look_inside(model: Model, corpus: Corpus, tokenizer, context: int, rows: int
                  if key.split("/")[-1] == name and t.shape[-2:] == batch.ids.shape]
         if found:
             per_token[label] = np.concatenate(found).mean(0)
-    loads = {key: t.reshape(-1, t.shape[-1]) for key, t in traces.items() if key.split("/")[-1] == "load"}
-    # Copies of a unit follow one another: layer 2 of copy 1 comes after layer 3 of copy 0.
-    order = sorted((copy, i) for i, t in enumerate(loads.values()) for copy in range(len(t)))
-    load = np.stack([list(loads.values())[i][copy] for copy, i in order]) if loads else None
-    return Inside(np.asarray(batch.ids[0, :length]), per_token, load, [str(i + 1) for i in range(len(order))])
+    loads = list(per_layer(traces, "load", 1).values())
+    most = max(map(len, loads), default=0)
+    load = np.stack([np.pad(load, (0, most - len(load))) for load in loads]) if loads else None
+    return Inside(np.asarray(batch.ids[0, :length]), per_token, load, [str(i + 1) for i in range(len(loads))])

@@ -91,31 +91,40 @@ def scatter(points: Mapping[str, tuple[float, float]], colours: Mapping[str, str
     return fig
 
 
-@styled
 def heatmap(load: np.ndarray, title: str, x_label: str = "expert", y_label: str = "layer",
             rows: Sequence[str] | None = None) -> Figure:
     """Shares [layers, experts] of the tokens, drawn as multiples of an equal share: 1 is perfect balance."""
     load = np.asarray(load, float)
-    layers, experts = load.shape
-    relative = load / np.maximum(load.sum(1, keepdims=True), 1e-30) * experts
-    fig, ax = _axes(title, x_label, y_label, "", height=max(2.2, 1.3 + 0.34 * layers))
+    relative = load / np.maximum(load.sum(1, keepdims=True), 1e-30) * load.shape[1]
+    return matrix(relative, title, x_label, y_label, "times an equal share", 2.0, rows)
+
+
+@styled
+def matrix(values: np.ndarray, title: str, x_label: str, y_label: str, unit: str, top: float = 0.0,
+           rows: Sequence[str] | None = None, columns: Sequence[str] | None = None) -> Figure:
+    """Values [rows, columns] as shades from 0 to `top`, or to the largest value if that is more. rows, columns: their
+    names, by default their numbers."""
+    count, across = values.shape
+    fig, ax = _axes(title, x_label, y_label, "", height=min(5.6, max(2.2, 1.3 + 0.34 * count)))
     shades = LinearSegmentedColormap.from_list("load", ["#eef2fb", "#9db8f0", HOT, "#1c3a80"], N=48)
-    top = max(2.0, float(relative.max()))
-    mesh = ax.pcolormesh(relative, cmap=shades, vmin=0, vmax=top, edgecolor=PAPER, linewidth=1.5)
-    for (i, j), value in np.ndenumerate(relative) if experts <= 16 else ():
+    top = max(top, float(values.max()), 1e-9)
+    few = across <= 16 and count <= 32  # more have no room for numbers: they are one picture without gaps
+    cells = {"edgecolor": PAPER, "linewidth": 1.5} if few else {"linewidth": 0, "rasterized": True}
+    mesh = ax.pcolormesh(values, cmap=shades, vmin=0, vmax=top, **cells)
+    for (i, j), value in np.ndenumerate(values) if few else ():
         ax.text(j + 0.5, i + 0.5, f"{value:.2f}", ha="center", va="center", fontsize=7.5,
                 color="#ffffff" if value > 0.55 * top else "#1f2a44")
     ax.grid(False)
     ax.spines[:].set_visible(False)
     ax.tick_params(length=0)
-    step = max(1, experts // 16)
-    ax.set_xticks(np.arange(0, experts, step) + 0.5, [str(j) for j in range(0, experts, step)])
-    ax.set_yticks(np.arange(layers) + 0.5, list(rows) if rows is not None else [str(i) for i in range(layers)])
+    for names, number, ticks in ((columns, across, ax.set_xticks), (rows, count, ax.set_yticks)):
+        shown = range(0, number, max(1, -(-number // 16)))
+        ticks(np.array(shown) + 0.5, [str(j) if names is None else names[j] for j in shown])
     ax.invert_yaxis()
     bar = fig.colorbar(mesh, ax=ax, pad=0.02, fraction=0.04)
     bar.outline.set_visible(False)
     bar.solids.set(rasterized=False, edgecolor="face")
-    bar.set_label("times an equal share", color=MUTED)
+    bar.set_label(unit, color=MUTED)
     return fig
 
 

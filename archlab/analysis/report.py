@@ -100,6 +100,10 @@ class Report:
         self._parts.append(f'<figure class="wide"><div class="legend">{escape(label)} {legend}</div>'
                            f'<div class="tokens">{"".join(spans)}</div>{below}</figure>')
 
+    def raw(self, html: str) -> None:
+        """An element of one's own making, in which all text is escaped already."""
+        self._parts.append(html)
+
     def html(self) -> str:
         """The whole page."""
         links = "".join(f'<a href="#section-{i}">{escape(name)}</a>' for i, name in enumerate(self._sections, 1))

@@ -55,7 +55,8 @@ class Result:
     """What a run leaves.
 
     history: one dict per logged step, as in metrics.jsonl (step, loss, bits_per_byte, grad_norm, tokens, seconds,
-    tokens_per_second, learning_rate, and where evaluated validation_loss, validation_bits_per_byte).
+    tokens_per_second, learning_rate, where evaluated validation_loss, validation_bits_per_byte, and with experts
+    max_violation, largest_logit).
     evaluation: after the last step. compile_seconds: of the step. tokens_per_second: median, without compilation.
     """
 
