@@ -279,9 +279,10 @@ def older(config, changes):
             word = "rope_type" if kind == "llama3" or config["model_type"] == "gemma3_text" else "type"
             config["rope_scaling"] = {word: kind, **rope}
     if config["model_type"] == "dbrx":
-        kept = ("clip_qkv", "kv_n_heads", "model_type")
-        theta = {"rope_theta": config.pop("rope_theta")}
-        config["attn_config"] = {name: config["attn_config"][name] for name in kept} | theta
+        del config["rope_theta"]  # which attn_config has
+        del config["ffn_config"]["hidden_size"]
+        config["ffn_config"] |= dict(moe_jitter_eps=0, moe_normalize_expert_weights=1, uniform_expert_assignment=False,
+                                     tie_word_embeddings=True, max_length=20, temperature=1.0)
     return {name: value for name, value in (config | changes).items() if value is not ABSENT}
 
 
@@ -346,14 +347,23 @@ def make(name):
     print(f"{name}: seed {attempt}, {sum(file.stat().st_size for file in folder.iterdir()) / 1e3:.1f} kB")
 
 
+def reword(fields):
+    """Says what transformers 5.23 no longer understands, or cannot do without other packages, so that it can."""
+    if fields["model_type"] == "dbrx":
+        fields["rope_parameters"] = {"rope_theta": fields["attn_config"]["rope_theta"]}
+        if fields["ffn_config"]["moe_normalize_expert_weights"] == 1:
+            fields["ffn_config"]["moe_normalize_expert_weights"] = 1.0
+    if "attn_temperature_tuning" in fields:
+        fields["attn_temperature_tuning"] = bool(fields["attn_temperature_tuning"])
+    if "quantization_config" in fields:
+        fields["quantization_config"]["dequantize"] = True
+
+
 def check(folder, given):
     """What was saved, read back by transformers under either config, gives the logits that were written."""
     for file in folder.glob("config*.json"):
         fields = json.loads(file.read_text())
-        if fields["model_type"] == "dbrx":  # transformers 5.23 does not look for it where files had it
-            fields["rope_parameters"] = {"rope_theta": fields["attn_config"]["rope_theta"]}
-        if "quantization_config" in fields:
-            fields["quantization_config"]["dequantize"] = True
+        reword(fields)
         config = transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
         model = auto(config).from_pretrained(folder, config=config, dtype=torch.float32,
                                              attn_implementation=ATTENTION.get(folder.name, "eager"),

@@ -99,9 +99,10 @@ MIXTURES_OLDER = {  # written in the older words too, with these fields beyond t
     "deepseek_v2": DEEPSEEK_OLDER | dict(scoring_func="softmax", mlp_bias=ABSENT),
     "deepseek_v2-groups": DEEPSEEK_OLDER | dict(scoring_func="softmax", mlp_bias=ABSENT),
     "deepseek_v3": DEEPSEEK_OLDER | dict(scoring_func="sigmoid", topk_method="noaux_tc"),
-    "llama4": dict(no_rope_layers=[], moe_layers=ABSENT, for_llm_compressor=False),
+    "llama4": dict(no_rope_layers=[], moe_layers=ABSENT, for_llm_compressor=False, attn_temperature_tuning=4,
+                   cache_implementation="hybrid"),
     "gpt_oss-mxfp4": dict(swiglu_alpha=ABSENT, attention_bias=True, experts_per_token=2, initial_context_length=64),
-    "dbrx": {},
+    "dbrx": dict(num_key_value_heads=ABSENT, router_aux_loss_coef=0.05),
     "switch_transformers": dict(router_type="tokens_masked", feed_forward_proj="relu", is_gated_act=False,
                                 output_router_logits=True, output_past=True),
 }
