@@ -20,8 +20,9 @@ def partition(letters: str, shape: tuple[int, ...], mesh) -> PartitionSpec:
 
     Args: letters: one per dimension ("D->HK", "BT."); shape: their sizes; mesh: a `Mesh`, or an abstract one.
     A mesh axis that an earlier dimension uses, or that does not divide the size, is left out and reported once.
+    ValueError where it does not divide a stack of experts ("ED->F"): nobody asks for experts that lie on every device.
     """
-    used, spec = set(), []
+    used, spec, stacked = set(), [], letters.partition("->")[0] if "->" in letters else ""
     for letter, size in zip(dims(letters), shape, strict=True):
         axes, taken, parts = MESH_AXES.get(letter, ()), [], 1
         for axis in (axes,) if isinstance(axes, str) else axes:
@@ -30,6 +31,8 @@ def partition(letters: str, shape: tuple[int, ...], mesh) -> PartitionSpec:
                 continue
             if axis in used:
                 report(logging.INFO, f"{letters!r}: {axis} splits an earlier dimension, so not {letter} = {size}")
+            elif letter == "E" and "E" in stacked and size % count:
+                raise ValueError(f"{letters!r}: {size} experts do not divide over {axis}:{count}")
             elif size % (parts * count):
                 report(logging.WARNING, f"{letters!r}: {letter} = {size} does not divide by {parts * count}, "
                                         f"so it is not split over {axis}:{count}")

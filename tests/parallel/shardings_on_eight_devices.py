@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 import archlab
+from archlab.analysis.collectives import collectives as read_collectives
 from archlab.layers.embedding import Embedding
 from archlab.layers.sharding import per_shard
 from archlab.layers.weights import split
@@ -108,3 +110,31 @@ def test_checkpoints_restore_onto_another_mesh(tmp_path):
         restored = Checkpoints(tmp_path).restore(target, run).state
         chex.assert_trees_all_equal(jax.device_get(restored), jax.device_get(saved))
         assert jax.tree.map(lambda a: a.sharding, restored) == jax.tree.map(lambda a: a.sharding, target)
+
+
+def test_collectives_are_read_from_the_program():
+    """What each device sends, of collectives whose bytes are known: [16, 4] float32 of 256 bytes on each of eight."""
+    spec = PartitionSpec("data")
+
+    def moves(x):
+        def turn(x, _):
+            return jax.lax.ppermute(x, "data", [(i, (i + 1) % 8) for i in range(8)]), None
+
+        x = jax.lax.scan(turn, x, length=3)[0]
+        x = x + jax.lax.psum(x, "data")
+        x = x + jax.lax.psum_scatter(jax.lax.all_gather(x, "data", tiled=True) ** 2, "data", tiled=True)
+        x = jax.lax.all_to_all(x, "data", 0, 0, tiled=True)
+        return jax.lax.cond(x.sum() > 0, lambda x: jax.lax.pmax(x, "data"), lambda x: x, x)
+
+    with jax.set_mesh(make_mesh("data:8")):
+        run = jax.jit(jax.shard_map(moves, in_specs=spec, out_specs=spec, check_vma=False))
+        program = run.lower(jnp.ones((128, 4))).compile()
+    found = [(c.kind, c.bytes, c.times, c.certain) for c in read_collectives(program)]
+    assert found == [
+        ("collective-permute", 3 * 256, 3, True),
+        ("all-reduce", 2 * 256 * 7 / 8, 1, True),
+        ("all-gather", 7 * 256, 1, True),
+        ("reduce-scatter", 8 * 256 * 7 / 8, 1, True),
+        ("all-to-all", 256 * 7 / 8, 1, True),
+        ("all-reduce", 2 * 256 * 7 / 8, 1, False),
+    ]

@@ -23,7 +23,7 @@ def mesh_of(**sizes) -> AbstractMesh:
     ("D->GK", (32, 1, 8), dict(fsdp=4, tensor=2), ("fsdp", None, None)),  # one head: the axis does not divide it
     ("V->D", (256, 32), dict(fsdp=8), (None, "fsdp")),
     ("ED->F", (8, 32, 64), dict(expert=4, fsdp=2), ("expert", "fsdp", None)),
-    ("ED->F", (6, 32, 64), dict(expert=4), (None, None, None)),
+    ("D->E", (32, 6), dict(expert=4), (None, None)),  # a router's outputs need not divide
     ("D->D", (32, 32), dict(fsdp=8), ("fsdp", None)),  # an axis splits one dimension only
     ("->N", (16,), dict(fsdp=8), (None,)),
     ("BTD", (16, 8, 32), dict(data=2, fsdp=2, expert=2, tensor=1), (("data", "fsdp", "expert"), None, None)),
@@ -32,6 +32,12 @@ def mesh_of(**sizes) -> AbstractMesh:
 ])
 def test_letters_to_axes(letters, shape, sizes, expected):
     assert partition(letters, shape, mesh_of(**sizes)) == PartitionSpec(*expected)
+
+
+@pytest.mark.parametrize("letters, shape", [("ED->F", (6, 32, 64)), ("LEF->D", (2, 6, 64, 32)), ("E->F", (6, 64))])
+def test_experts_must_divide(letters, shape):
+    with pytest.raises(ValueError, match="6 experts do not divide over expert:4"):
+        partition(letters, shape, mesh_of(expert=4))
 
 
 def test_what_is_left_out_is_reported_once(caplog):
