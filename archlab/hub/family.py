@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from archlab.attention.attention import Attention
 from archlab.attention.cross import CrossAttention
 from archlab.attention.positions import Rotary
+from archlab.experts.moe import MoE
+from archlab.experts.routers import TopK
 from archlab.hub import families
 from archlab.hub.fields import Fields
 from archlab.layers.config import Config, near
@@ -146,8 +148,13 @@ def each(config: Config, kind: type) -> list:
 
 
 def settled(config: LanguageModel) -> LanguageModel:
-    """One form for configs that mean the same: nothing repeated, nothing nested, sizes written out."""
+    """One form for configs that compute the same: nothing repeated, nothing nested, sizes written out; and nothing that
+    only training asks for."""
     def change(node):
+        if isinstance(node, MoE):
+            node = dataclasses.replace(node, balance=(), capacity=None, init_scale=1.0)
+        if isinstance(node, TopK):
+            node = dataclasses.replace(node, jitter=0.0)
         if isinstance(node, Repeat):
             node = Sequence(*[node.unit] * node.n)
         if isinstance(node, Sequence):

@@ -22,7 +22,8 @@ HARMLESS = frozenset("""
     num_beam_groups num_beams num_return_sequences output_scores prefix remove_invalid_values repetition_penalty
     return_dict_in_generate suppress_tokens task_specific_params temperature top_k top_p typical_p
     chunk_size_feed_forward finetuning_task id2label label2id num_labels output_attentions output_hidden_states
-    output_past problem_type return_dict summary_activation summary_first_dropout summary_proj_to_labels summary_type
+    output_past output_router_logits problem_type return_dict router_jitter_noise summary_activation
+    summary_first_dropout summary_proj_to_labels summary_type
     summary_use_proj tie_last_hidden_states torchscript
     pretraining_tp reorder_and_upcast_attn attention_softmax_in_fp32 scale_attention_softmax_in_fp32
 """.split())

@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import archlab
 from archlab import hub
+from archlab.experts import moe
 from archlab.hub.family import all_families, each, family_of
 from archlab.layers.mlp import MLP
 from archlab.layers.weights import merge, split
@@ -29,6 +31,12 @@ def model_type(name: str) -> str:
 NAMES = sorted(folder.name for folder in FIXTURES.iterdir())
 # Tests of one checkpoint run one after another in one process, which loads it once.
 CHECKPOINTS = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in NAMES]
+
+
+def stored(name: str) -> set[str]:
+    """The names of what is expected of a checkpoint."""
+    with safe_open(FIXTURES / name / "expected.safetensors", "np") as file:
+        return set(file.keys())
 
 
 @functools.lru_cache(maxsize=1)
@@ -58,6 +66,34 @@ def test_logits(name):
         if ids in expected:
             error = np.abs(forward(expected[ids]) - expected[logits]).max()
             assert error < 1e-4, (ids, error)
+
+
+@pytest.mark.parametrize("name", [name for name in CHECKPOINTS if "chosen" in stored(name.values[0])])
+def test_routers_decide_alike(name, monkeypatch):
+    """Router logits, the chosen experts and their weights, layer by layer; experts are compared as sets."""
+    monkeypatch.setattr(moe, "routing_traces", lambda routing, real: {
+        "logits": routing.logits, "experts": routing.experts, "weights": routing.weights})
+    model, expected, _ = loaded(name)
+    memory = model.encode(expected["source"], expected["source_mask"])[0] if "source" in expected else None
+    ours = in_layers(model(expected["ids"], memory=memory).aux.traces)
+    np.testing.assert_allclose(ours["logits"], expected["router_logits"], atol=1e-4)
+    order = np.argsort(ours["experts"], -1)
+    there = lambda values: np.take_along_axis(np.asarray(values), order, -1)
+    np.testing.assert_array_equal(there(ours["experts"]), expected["chosen"])
+    np.testing.assert_allclose(there(ours["weights"]), expected["chosen_weights"], atol=1e-4)
+
+
+def in_layers(traces) -> dict:
+    """Traces by their last name, [layers, ...], in the order in which layers run: copies of a unit follow one another,
+    and children of a body one another."""
+    found = {}
+    for path, value in traces.items():
+        names = path.split("/")
+        child = int(names[names.index("layers") + 1])
+        places = [int(n) for n in names[names.index("layers") + 2 :] if n.isdigit()]
+        copies = np.asarray(value) if "unit" in names else np.asarray(value)[None]
+        found.setdefault(names[-1], []).extend(((child, copy, places), one) for copy, one in enumerate(copies))
+    return {name: np.stack([one for _, one in sorted(pairs, key=lambda p: p[0])]) for name, pairs in found.items()}
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
@@ -110,7 +146,8 @@ def test_transformers_reads_what_is_exported(name, tmp_path):
     else:
         kind, inputs = transformers.AutoModelForCausalLM, {"input_ids": given["ids"]}
     attention = "sdpa" if name == "falcon-alibi" else "eager"  # its eager form adds the bias twice
-    theirs, said = kind.from_pretrained(tmp_path, attn_implementation=attention, output_loading_info=True)
+    theirs, said = kind.from_pretrained(tmp_path, attn_implementation=attention, experts_implementation="eager",
+                                        output_loading_info=True)  # its grouped products want sizes that divide by 4
     assert not said["missing_keys"] and not said["unexpected_keys"] and not said["mismatched_keys"]
     with torch.no_grad():
         logits = theirs.float().eval()(**inputs, use_cache=False).logits.numpy()
