@@ -46,6 +46,7 @@ setup(
     extras_require={
         "gpu": ["jax[cuda13]>=0.10,<0.13"],
         "tpu": ["jax[tpu]>=0.10,<0.13"],
+        "kernels": ["tokamax>=0.0.12,<0.1"],  # grouped products of experts, for GPUs and TPUs
         "interop": ["torch>=2.6,<3", "transformers>=5,<6"],  # the peers we measure against; never imported by archlab
         "wandb": ["wandb>=0.19,<1"],
         # pytest 9.2 ignores the groups of pytest-xdist 3.8, which our tests rely on.

@@ -89,10 +89,10 @@ def sorted_blocks(x: Float[Array, "N D"], experts: Int[Array, "N k"], weights: F
     blocks = -(-load // size)
     ends = jnp.cumsum(blocks)
     starts = jnp.append((ends - blocks) * size, count * size)  # nobody's is past the end
-    owners = jnp.minimum((ends <= jnp.arange(count)[:, None]).sum(1), E - 1)  # unused blocks come last
+    owners = (ends <= jnp.arange(count)[:, None]).sum(1)  # E, nobody, for unused blocks, which come last
     rows = jnp.minimum(starts[experts.reshape(-1)] + rank, count * size)
     product = lambda x, weight: grouped_dot(x, weight, owners)
-    own = lambda bias: jnp.repeat(bias[owners], size, axis=0)
+    own = lambda bias: jnp.repeat(bias[jnp.minimum(owners, E - 1)], size, axis=0)
     return through(plan(rows, count * size), x, weights, lambda x: params(x, product, own))
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from archlab.experts.capacity import Capacity
 from archlab.experts.dispatch import Experts, dense, dropless, rank_in_group
-from archlab.experts.grouped import grouped_dot, ragged_dot
+from archlab.experts.grouped import grouped_dot, kernel, ragged_dot
 from archlab.experts.parallel import run_experts
 
 D, F = 6, 10
@@ -81,15 +81,21 @@ def test_rank_in_group():
 
 
 def test_grouped_products_agree(float64):
-    """The loop, its own gradient, and `ragged_dot`, against one product for each block."""
+    """The loop, its own gradient, and `ragged_dot`, against one product for each block; the last is nobody's."""
     keys = jax.random.split(jax.random.key(0), 3)
-    rows, weight = jax.random.normal(keys[0], (20, D)), jax.random.normal(keys[1], (4, D, F))
-    cotangent, experts = jax.random.normal(keys[2], (20, F)), jnp.array([0, 0, 1, 3, 3])
-    plain = lambda rows, weight: jnp.concatenate([rows[4 * i : 4 * i + 4] @ weight[e] for i, e in enumerate(experts)])
+    rows, weight = jax.random.normal(keys[0], (24, D)), jax.random.normal(keys[1], (4, D, F))
+    cotangent, experts = jax.random.normal(keys[2], (24, F)), jnp.array([0, 0, 1, 3, 3, 4])
+    own = lambda rows, weight, i: rows[4 * i : 4 * i + 4] @ weight[experts[i]] if i < 5 else jnp.zeros((4, F))
+    plain = lambda rows, weight: jnp.concatenate([own(rows, weight, i) for i in range(6)])
     want, pull = jax.vjp(plain, rows, weight)
     for form in (grouped_dot, ragged_dot):
         got, pull_form = jax.vjp(lambda rows, weight: form(rows, weight, experts), rows, weight)
         chex.assert_trees_all_close((got, pull_form(cotangent)), (want, pull(cotangent)), rtol=1e-12, atol=1e-12)
+
+
+def test_tokamax_is_taken_where_it_is_installed():
+    tokamax = pytest.importorskip("tokamax")
+    assert kernel() is tokamax.ragged_dot
 
 
 def test_bfloat16_stays_and_gradients_keep_the_weights_precision():
