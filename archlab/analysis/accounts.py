@@ -19,7 +19,7 @@ from flax import nnx
 
 from archlab.analysis.flops import Flops, count
 from archlab.encoder_decoder import EncoderDecoder
-from archlab.layers.alphabet import parameters_of
+from archlab.layers.alphabet import lettered, parameters_of
 from archlab.layers.contract import Training
 from archlab.model import LanguageModel
 from archlab.zoo import get_config
@@ -31,16 +31,22 @@ ROWS = 256  # texts over which a pass is counted: what experts' rows round up to
 class Parameters:
     """Numbers of weights. Each weight is stored once and counts once, however often it is used.
 
-    total: all. active: those that one token meets, on average: top_k of E experts, all of a shared or recurrent unit.
+    total: all, those too that no gradient moves but are part of a checkpoint (a router's balance). active: those that one token meets, on average: top_k of E experts, all of a shared or recurrent unit.
     applied: weights times how often a token passes through them: what 2N and 6N mean where weights are used again.
     embedding, active_body: total = embedding + body; embedding is every table over the vocabulary, tied, untied or
-    look-up only; active_body is what is active of the body, by which architectures are matched.
+    look-up only; active_body is what is active of the body, by which architectures are matched. active_computing:
+    active less a table that is looked up only; models' cards count either way.
     """
 
     total: int
     active: int
     applied: int
     embedding: int
+    lookup: int
+
+    @property
+    def active_computing(self) -> int:
+        return self.active - self.lookup
 
     @property
     def unique(self) -> int:
@@ -151,9 +157,11 @@ def _run(model, ids, training=None):
 
 def _parameters(model: nnx.Module) -> Parameters:
     weights = parameters_of(model).values()
+    steered = sum(variable.size for variable in lettered(model).values()) - sum(w.size for w in weights)
     return Parameters(
-        total=sum(w.size for w in weights),
-        active=round(sum(w.size * min(1, w.uses) for w in weights)),
-        applied=round(sum(w.size * w.uses for w in weights)),
+        total=sum(w.size for w in weights) + steered,
+        active=round(sum(w.size * min(1, w.uses) for w in weights)) + steered,
+        applied=round(sum(w.size * w.uses for w in weights)) + steered,
         embedding=sum(w.size for w in weights if "V" in w.letters),
+        lookup=0 if model.head is None else model.embed.table.size,
     )

@@ -1,9 +1,12 @@
 """OLMo: norms without parameters and a bound on queries, keys and values (1: arXiv:2402.00838); later norms after each
-branch, and of all queries and keys together (2: arXiv:2501.00656)."""
+branch, and of all queries and keys together (2: arXiv:2501.00656). OLMoE has eight of 64 experts for its MLP, whose
+weights are left as they are (arXiv:2409.02060)."""
 
 from archlab.attention.attention import Attention
 from archlab.attention.positions import Rotary
 from archlab.attention.qk_norm import QKNorm
+from archlab.experts.moe import MoE
+from archlab.experts.routers import TopK
 from archlab.layers.mlp import SwiGLU
 from archlab.layers.norms import LayerNorm, RMSNorm
 from archlab.layers.repeat import Repeat
@@ -24,6 +27,13 @@ def olmo2(width, depth, heads, hidden, kv_heads=None, vocab=100352, tied=False) 
     return LanguageModel(vocab, width, Repeat(Sequence(branch(attend), branch(SwiGLU(hidden))), depth), RMSNorm(), tied)
 
 
+def olmoe(width, depth, heads, experts, k, hidden, vocab=50304) -> LanguageModel:
+    norm = RMSNorm(1e-5)
+    attend = Attention(heads, qk_norm=QKNorm(norm, over="all"))
+    block = Sequence(Residual(attend, norm), Residual(MoE(experts, hidden, TopK(k)), norm))
+    return LanguageModel(vocab, width, Repeat(block, depth), norm, tied=False)
+
+
 CONFIGS = {
     "olmo-nano": olmo1(32, 2, 4, 64, vocab=256, clip=0.5, tied=True),
     "olmo-tiny": olmo1(128, 6, 4, 344, vocab=256, tied=True),
@@ -35,4 +45,5 @@ CONFIGS = {
     "olmo2-7b": olmo2(4096, 32, 32, 11008),
     "olmo2-13b": olmo2(5120, 40, 40, 13824),
     "olmo2-32b": olmo2(5120, 64, 40, 27648, kv_heads=8),
+    "olmoe-1b-7b": olmoe(2048, 16, 16, 64, 8, 1024),
 }

@@ -22,10 +22,47 @@ TOTALS = {
     "t5-small": 60_506_624, "t5-base": 222_903_552, "t5-11b": 11_307_321_344, "t5-v1.1-small": 76_961_152,
 }
 
+# Mixtures of experts: the total, what is active, and that without a table that is looked up only (gpt-oss's card).
+# DeepSeek-V3 and Kimi K2 are without what predicts a second token; Llama 4 is without its eyes.
+EXPERTS = {
+    "mixtral-8x7b": (46_702_792_704, 12_879_925_248, 12_748_853_248),
+    "mixtral-8x22b": (140_630_071_296, 39_161_468_928, 38_960_142_336),
+    "qwen3-30b-a3b": (30_532_122_624, 3_353_032_704, 3_041_867_776),
+    "qwen3-235b-a22b": (235_093_634_560, 22_190_763_520, 21_568_433_664),
+    "llama4-scout": (107_769_861_120, 17_172_894_720, 16_138_408_960),
+    "llama4-maverick": (400_711_848_960, 17_184_691_200, 16_150_205_440),
+    "deepseek-v2": (235_741_434_880, 21_375_800_320, 20_851_512_320),
+    "deepseek-v2-lite": (15_706_484_224, 2_661_150_208, 2_451_435_008),
+    "deepseek-v3": (671_026_419_200, 37_552_297_472, 36_625_618_432),
+    "kimi-k2": (1_026_408_232_448, 32_861_500_928, 31_687_095_808),
+    "gpt-oss-20b": (20_914_757_184, 4_187_440_704, 3_608_307_264),
+    "gpt-oss-120b": (116_829_156_672, 5_711_982_912, 5_132_849_472),
+}
+# Published as rounded: total and active in billions.
+ROUNDED = {
+    "deepseek-moe-16b": (16.4, 2.8), "olmoe-1b-7b": (6.9, 1.3), "qwen1.5-moe-a2.7b": (14.3, 2.7),
+    "switch-base-128": (7.4, None), "switch-large-128": (26.3, None), "switch-xxl-128": (395, None),
+    "switch-c-2048": (1571, None), "glam-1.7b-64e": (27, 1.879), "glam-8b-64e": (143, 9.8),
+    "glam-64b-64e": (1162, 96.6),
+}
+
 
 @pytest.mark.parametrize("name", TOTALS)
 def test_total(name):
     assert count_parameters(archlab.get_config(name)).total == TOTALS[name]
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts(name):
+    counted = count_parameters(archlab.get_config(name))
+    assert (counted.total, counted.active, counted.active_computing) == EXPERTS[name]
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+def test_rounded(name):
+    counted, (total, active) = count_parameters(archlab.get_config(name)), ROUNDED[name]
+    assert counted.total / 1e9 == pytest.approx(total, rel=0.01)
+    assert active is None or counted.active / 1e9 == pytest.approx(active, rel=0.02)
 
 
 def test_every_family_has_small_sizes():
