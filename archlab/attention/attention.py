@@ -26,8 +26,9 @@ class Attention(LayerConfig):
     included; chunk: it sees only its own stretch of so many places (Llama 4); None for all of the document. causal:
     nothing later than itself; False for encoders, which keep no state. qk_norm: norms queries and keys. bias: on
     queries, keys and values; out_bias: on the output. scale: multiplies q k^T; None for K^-0.5. cap: of the scores,
-    `cap tanh(score / cap)` (Gemma 2). clip: bounds queries, keys and values to [-clip, clip] (MPT, OLMo). sinks: a
-    learned score per head that takes its share of the softmax and gives nothing (gpt-oss).
+    `cap tanh(score / cap)` (Gemma 2). clip: bounds queries, keys and values to [-clip, clip] (MPT, OLMo), after norms
+    and before the rotation (OLMoE). sinks: a learned score per head that takes its share of the softmax and gives
+    nothing (gpt-oss).
     """
 
     heads: int
@@ -116,13 +117,13 @@ class AttentionModule(Layer):
     def heads(self, x, tokens: Tokens):
         """Queries [B, H, T, K], keys and values [B, G, T, K], normed and rotated."""
         norm, positions = self.config.qk_norm, self.config.positions
-        q = self._project(x, self.query, self.query_bias)
-        k = self._project(x, self.key, self.key_bias)
-        v = self._project(x, self.value, self.value_bias)
+        q = add_bias(project(x, self.query, "BTD,DHK->BTHK"), self.query_bias)
+        k = add_bias(project(x, self.key, "BTD,DGK->BTGK"), self.key_bias)
+        v = add_bias(project(x, self.value, "BTD,DGK->BTGK"), self.value_bias)
         heads_first = lambda *arrays: (jnp.swapaxes(a, 1, 2) for a in arrays)
         if norm is not None and not norm.after:
             q, k = self.query_norm(q), self.key_norm(k)
-        q, k, v = heads_first(q, k, v)
+        q, k, v = heads_first(*(self._clipped(a) for a in (q, k, v)))
         if positions is not None:
             q, k = positions.turn(q, k, tokens)
         if norm is not None and norm.after:
@@ -136,6 +137,5 @@ class AttentionModule(Layer):
         sinks = None if self.sinks is None else self.sinks[...]
         return Rules(config.sight, config.scale, config.cap, bias, sinks)
 
-    def _project(self, x, weight, bias):
-        y = add_bias(project(x, weight, "BTD,DHK->BTHK"), bias)
-        return y if self.config.clip is None else jnp.clip(y, -self.config.clip, self.config.clip)
+    def _clipped(self, a):
+        return a if self.config.clip is None else jnp.clip(a, -self.config.clip, self.config.clip)

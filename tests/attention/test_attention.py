@@ -46,11 +46,11 @@ def reference(config: Attention, w, x, segments, positions):
     def heads(name, b, t):
         """[H or G, K] of one token."""
         vectors = np.einsum("d,dhk->hk", x[b, t], w[name]) + w.get(f"{name}_bias", 0)
-        vectors = vectors if config.clip is None else np.clip(vectors, -config.clip, config.clip)
+        clip = lambda v: v if config.clip is None else np.clip(v, -config.clip, config.clip)
         if name == "value":
-            return vectors
-        steps = [lambda v: norm(name, v), lambda v: turn(v, positions[b, t])]
-        for step in reversed(steps) if config.qk_norm and config.qk_norm.after else steps:
+            return clip(vectors)
+        steps = [lambda v: norm(name, v), clip, lambda v: turn(v, positions[b, t])]
+        for step in (steps[1:] + steps[:1]) if config.qk_norm and config.qk_norm.after else steps:
             vectors = step(vectors)
         return vectors
 
@@ -79,6 +79,7 @@ def reference(config: Attention, w, x, segments, positions):
     Attention(4, kv_heads=2, chunk=4), Attention(2, chunk=6, window=3), Attention(2, sinks=True, window=5),
     Attention(4, cap=0.7, scale=1.3, clip=0.5), Attention(4, 2, causal=False), Attention(2, causal=False, window=3),
     Attention(4, 2, qk_norm=QKNorm(over="all"), chunk=5, sinks=True, cap=2.0),
+    Attention(4, 2, qk_norm=QKNorm(over="all"), clip=0.8), Attention(2, qk_norm=QKNorm(after=True), clip=0.5),
     Attention(4, 2, qk_norm=QKNorm(LayerNorm(bias=False), per_head=True)),
     Attention(2, qk_norm=QKNorm(RMSNorm(gain=False), after=True)),
     Attention(4, 2, qk_norm=QKNorm(L2Norm(), per_head=True)),
