@@ -32,10 +32,12 @@ def plan(family: Family, config, parameters: dict) -> dict[str, Stored]:
     done: set[str] = set()
 
     def apply(table: list[Rule], path="", prefix="", copy=None, inputs_first=False):
+        placed: set[str] = set()
         for rule in table:
             ours = tuple(path + name for name in rule.ours)
-            if not all(name in parameters and suits(rule, parameters[name]) for name in ours):
-                continue  # the table knows of more than this model has
+            if not all(name in parameters and suits(rule, parameters[name]) for name in ours) or placed & set(ours):
+                continue  # the table knows of more than this model has, and the first rule that suits is taken
+            placed.update(ours)
             rule = Rule(ours, prefix + rule.name, rule.form)
             for name, shape, parts in place(rule, parameters, {} if copy is None else {0: copy}, inputs_first):
                 found[name] = Stored(shape, parts)
@@ -76,7 +78,8 @@ def leaves(config: LayerConfig, path: str, copy: int | None = None) -> list[tupl
 
 def find(name: str, tensors: Tensors, family: Family) -> str | None:
     """What a tensor is called in the folder; None where it is not there."""
-    return next((found for found in (name, name.removeprefix(family.base)) if found in tensors.found), None)
+    names = name, name.removeprefix(family.base), family.inside + name
+    return next((found for found in names if found in tensors.found), None)
 
 
 def has_own_head(tensors: Tensors, family: Family) -> bool:
