@@ -7,6 +7,7 @@ from archlab.experts.routers import TopK
 from archlab.hub.decoders import ACTIVATIONS, write_activation
 from archlab.hub.family import each
 from archlab.hub.fields import Fields
+from archlab.layers.residual import Residual
 
 
 def experts_at(path: str, name: str) -> dict:
@@ -17,9 +18,11 @@ def experts_at(path: str, name: str) -> dict:
 
 
 def read_moe(f: Fields, experts: str, hidden: str, router: TopK, **fields) -> MoE:
-    """Gated experts. experts, hidden: the names of the fields that say how many and how wide; fields: more of `MoE`'s."""
-    return MoE(f.positive(experts), f.positive(hidden), router, activation=f.choose("hidden_act", ACTIVATIONS),
-               balance=read_balance(f, router.k), **fields)
+    """Gated experts. experts, hidden: the names of the fields that say how many and how wide; fields: more of `MoE`'s,
+    `activation` among them or not."""
+    if "activation" not in fields:
+        fields["activation"] = f.choose("hidden_act", ACTIVATIONS)
+    return MoE(f.positive(experts), f.positive(hidden), router, balance=read_balance(f, router.k), **fields)
 
 
 def read_balance(f: Fields, k: int, name: str = "router_aux_loss_coef") -> tuple[SwitchLoss, ...]:
@@ -31,6 +34,12 @@ def read_balance(f: Fields, k: int, name: str = "router_aux_loss_coef") -> tuple
 def write_moe(config, experts: str, hidden: str) -> dict:
     """The inverse of `read_moe`, router and all."""
     moe = each(config, MoE)[0]
+    activation = {"hidden_act": write_activation(moe)} if isinstance(moe.activation, str) else {}
     weight = sum(loss.weight for loss in moe.balance if isinstance(loss, SwitchLoss))
     return {experts: moe.experts, hidden: moe.hidden, "num_experts_per_tok": moe.router.k,
-            "hidden_act": write_activation(moe), "router_aux_loss_coef": round(weight / moe.router.k, 12)}
+            **activation, "router_aux_loss_coef": round(weight / moe.router.k, 12)}
+
+
+def feed_forwards(config) -> list:
+    """What stands in each block in the place of the MLP, an MLP or experts; of blocks as `sequential` makes them."""
+    return [residual.layer for residual in each(config, Residual)[1::2]]

@@ -47,7 +47,8 @@ class Family:
       in any way on a config that is not of this family: what it writes is read again and compared.
     outer: {our path: their name} of all that is in no block. blocks: the rest.
     spelling: the family's own names of common fields, {"hidden_size": "n_embd"}.
-    base: a prefix of names that the hub's files sometimes lack. buffers: patterns of tensors that are no parameters.
+    base: a prefix of names that the hub's files sometimes lack. inside: one that names have where the model is a part
+      of a larger one. buffers: patterns of tensors that are no parameters.
     copies: names under which files hold the embedding once more, or only so. zeros: names of tensors that files may
       lack, because they are zero there.
     """
@@ -61,6 +62,7 @@ class Family:
     blocks: tuple[Blocks, ...]
     spelling: dict = dataclasses.field(default_factory=dict)
     base: str = "model."
+    inside: str = ""
     buffers: tuple[str, ...] = ()
     copies: tuple[str, ...] = ()
     zeros: tuple[str, ...] = ()

@@ -104,14 +104,14 @@ class Fields:
             return next(iter(table.values()))
         return table[value]
 
-    def inside(self, name: str) -> "Fields":
+    def inside(self, name: str, defaults: dict[str, Any] | None = None) -> "Fields":
         """The fields of a dictionary inside this one, empty where it is not written; `finish` looks into it too."""
         if name not in self.inner:
             value = self.take(name, {}) or {}
             if not isinstance(value, dict):
                 self.refuse(f"{self.where}{name} = {value!r}: must be a dictionary")
                 value = {}
-            self.inner[name] = Fields(value, where=f"{self.where}{name}.")
+            self.inner[name] = Fields(value, defaults, where=f"{self.where}{name}.")
         return self.inner[name]
 
     def refuse(self, problem: str) -> None:

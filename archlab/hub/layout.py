@@ -41,9 +41,22 @@ class Row:
     name: str
 
 
+@dataclasses.dataclass(frozen=True)
+class InputsFirst:
+    """The name of a tensor that is stored in our order, as with `Blocks.inputs_first`: experts as [E, D, F] (Llama 4,
+    gpt-oss)."""
+
+    name: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Interleaved(InputsFirst):
+    """... in which several parameters of experts take turns along the outputs: gate, up, gate, up (gpt-oss)."""
+
+
 class Rule(NamedTuple):
-    """Our parameters (one, or those that share a tensor), the tensor, and how it is written in the table: as a str, as
-    `Fused`, `Apart` or `Row`."""
+    """Our parameters (one, or those that share a tensor), the tensor, and how it is written in the table: as a str, or
+    as one of the forms above."""
 
     ours: tuple[str, ...]
     name: str
@@ -107,7 +120,7 @@ def place(rule: Rule, parameters: dict[str, nnx.Param], at: dict[int, int], inpu
 
     Args: parameters: those of `rule.ours` by path; at: {axis: place} of the copy that this is about.
     """
-    first = parameters[rule.ours[0]]
+    first, inputs_first = parameters[rule.ours[0]], inputs_first or issubclass(rule.form, InputsFirst)
     axes = {letter: first.letters.replace("->", "").index(letter) for letter in enumerated(rule.name)}
     for places in itertools.product(*(range(first.shape[axis]) for axis in axes.values())):
         here = at | dict(zip(axes.values(), places))
@@ -122,9 +135,11 @@ def place(rule: Rule, parameters: dict[str, nnx.Param], at: dict[int, int], inpu
         cuts = min(f.heads for f in flat) if rule.form is Fused else 1
         parts = []
         for i, (path, f) in enumerate(zip(rule.ours, flat)):
-            step, whole, before = sizes[i] // cuts, sum(sizes) // cuts, sum(sizes[:i]) // cuts
-            boxes = tuple((_box(f.shape, dimension, g * step, step), _box(f.shape, dimension, g * whole + before, step))
+            size, whole, before = sizes[i] // cuts, sum(sizes) // cuts, sum(sizes[:i]) // cuts
+            boxes = tuple((_box(f.shape, dimension, g * size, size), _box(f.shape, dimension, g * whole + before, size))
                           for g in range(cuts))
+            if rule.form is Interleaved:
+                boxes = ((boxes[0][0], _box(f.shape, dimension, i, size, len(flat))),)
             parts.append(Part(path, parameters[path].shape, here, f.groups, boxes))
         yield name, tuple(shape), parts
 
@@ -158,8 +173,13 @@ def _merge(axes: list[tuple[str, int]], apart: bool) -> tuple[tuple[int, ...], .
     return (tuple(axis for _, axis in axes),) if axes else ()
 
 
-def _box(shape, dimension: int, start: int, size: int) -> Box:
-    return tuple(slice(start, start + size) if d == dimension else slice(0, n) for d, n in enumerate(shape))
+def _box(shape, dimension: int, start: int, size: int, step: int | None = None) -> Box:
+    return tuple(_run(start, size, step) if d == dimension else slice(0, n) for d, n in enumerate(shape))
+
+
+def _run(start: int, size: int, step: int | None) -> slice:
+    """`size` places from `start` on, `step` apart."""
+    return slice(start, start + (size - 1) * (step or 1) + 1, step)
 
 
 def flattened(array: np.ndarray, part: Part) -> np.ndarray:
@@ -196,6 +216,8 @@ def within(part: Part, window: Window) -> list[tuple[Box, Box]]:
     for ours, theirs in part.boxes:
         edges = [(max(o.start, low), min(o.stop, high)) for o, (low, high) in zip(ours, bounds)]
         if all(start < stop for start, stop in edges):
-            shift = lambda by: tuple(slice(start + n, stop + n) for (start, stop), n in zip(edges, by))
-            cut.append((shift(-low for low, _ in bounds), shift(t.start - o.start for o, t in zip(ours, theirs))))
+            local = tuple(slice(start - low, stop - low) for (start, stop), (low, _) in zip(edges, bounds))
+            there = tuple(_run(t.start + (start - o.start) * (t.step or 1), stop - start, t.step)
+                          for (start, stop), o, t in zip(edges, ours, theirs))
+            cut.append((local, there))
     return cut

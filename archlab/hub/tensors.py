@@ -26,7 +26,7 @@ DTYPES = {"F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dt
           "U32": np.dtype(np.uint32), "I8": np.dtype(np.int8), "U8": np.dtype(np.uint8), "BOOL": np.dtype(bool)}
 
 
-Box = tuple[slice, ...]  # a part of a tensor, as a slice of each dimension
+Box = tuple[slice, ...]  # a part of a tensor, as a slice of each dimension; all but the first may have steps
 
 
 class Tensor(NamedTuple):

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 import archlab
 from archlab.hub import save
-from archlab.hub.layout import Apart, Fused, expand, place, rules
+from archlab.hub.layout import Apart, Fused, InputsFirst, Interleaved, expand, place, rules
 from archlab.hub.tensors import Tensors, aligned
 from archlab.layers.weights import split
 from archlab.parallel.mesh import make_mesh
@@ -189,7 +189,7 @@ for folder in sys.argv[1:]:
     assert share < 0.2, share
 """
     flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    folders = [FIXTURES / name for name in ("llama", "llama-bias", "gpt2")]
+    folders = [FIXTURES / name for name in ("llama", "llama-bias", "gpt2", "gpt_oss-full")]
     done = subprocess.run([sys.executable, "-c", code, *folders], cwd=Path(__file__).parents[2], text=True,
                           capture_output=True, env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"})
     assert done.returncode == 0, done.stderr
@@ -241,6 +241,19 @@ def test_parameters_that_share_a_tensor():
     np.testing.assert_array_equal(stored({"{q,k,v}": "qkv"}, p, inputs_first=True)["qkv"], flat)
     groups = np.concatenate([q.reshape(D, G, H // G, K), k[:, :, None], v[:, :, None]], axis=2)  # [D, G, H/G + 2, K]
     np.testing.assert_array_equal(stored({"{q,k,v}": Fused("qkv")}, p)["qkv"], groups.reshape(D, -1).T)
+
+
+def test_experts_that_share_a_tensor():
+    gate, bias = np.arange(24.0).reshape(3, 2, 4), np.arange(12.0).reshape(3, 4)
+    up, more = gate + 100, bias + 100
+    p = {name: nnx.Param(jnp.asarray(array), letters=letters) for name, array, letters in (
+        ("gate", gate, "ED->F"), ("up", up, "ED->F"), ("bias", bias, "E->F"), ("more", more, "E->F"))}
+    alone = stored({"gate": InputsFirst("gate"), "{gate,up}": InputsFirst("both")}, p)
+    np.testing.assert_array_equal(alone["gate"], gate)
+    np.testing.assert_array_equal(alone["both"], np.concatenate([gate, up], -1))
+    in_turns = stored({"{gate,up}": Interleaved("both"), "{bias,more}": Interleaved("bias")}, p)
+    np.testing.assert_array_equal(in_turns["both"], np.stack([gate, up], -1).reshape(3, 2, 8))
+    np.testing.assert_array_equal(in_turns["bias"], np.stack([bias, more], -1).reshape(3, 8))
 
 
 def test_braces():
