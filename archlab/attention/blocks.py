@@ -20,10 +20,10 @@ GROUPS = 8  # stretches into which long texts are cut: the work done in vain, be
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def attend_blocks(q: Float[Array, "B H T K"], k: Float[Array, "B G S K"], v: Float[Array, "B G S K"], queries: Places,
+def attend_blocks(q: Float[Array, "B H T K"], k: Float[Array, "B G S K"], v: Float[Array, "B G S C"], queries: Places,
                   keys: Places, rules: Rules = Rules(), ordered: bool = True,
-                  block: int = BLOCK) -> Float[Array, "B H T K"]:
-    """softmax(scores) v of what is visible; rows that see nothing give 0. G divides H.
+                  block: int = BLOCK) -> Float[Array, "B H T C"]:
+    """softmax(scores) v of what is visible; rows that see nothing give 0. G divides H; values may be of another size.
 
     Args: rules: what becomes of the scores. ordered: the keys stand in order and end with the queries' own, so that
       those out of sight need not be computed. A cache's slots are not ordered: all are looked at.
@@ -49,9 +49,10 @@ def _forward(q, k, v, queries, keys, rules, ordered, block):
         out = _mix(weights.astype(v.dtype), v) / sums.astype(v.dtype)
         return _put(y, out, rows, 3), _put(total, (top + jnp.log(sums))[..., 0], rows, 3)
 
-    carry = jnp.zeros_like(grouped), jnp.zeros(grouped.shape[:-1], wide(q).dtype)
+    each = grouped.shape[:-1]
+    carry = jnp.zeros((*each, v.shape[-1]), q.dtype), jnp.zeros(each, wide(q).dtype)
     y, total = _fold(one, carry, k, v, keys, T, rules.sight, ordered, block)
-    y = y.reshape(q.shape)
+    y = y.reshape(B, H, T, -1)
     return y, (q, k, v, queries, keys, rules, y, total)
 
 

@@ -16,9 +16,10 @@ from archlab.attention.rules import Places, Rules, distances, visible
 from archlab.layers.contract import Tokens
 
 
-def attend_plain(q: Float[Array, "B H T K"], k: Float[Array, "B G S K"], v: Float[Array, "B G S K"], queries: Places,
-                 keys: Places, rules: Rules = Rules()) -> Float[Array, "B H T K"]:
-    """Attention with all scores at once, in at least float32; rows that see nothing give 0. G divides H."""
+def attend_plain(q: Float[Array, "B H T K"], k: Float[Array, "B G S K"], v: Float[Array, "B G S C"], queries: Places,
+                 keys: Places, rules: Rules = Rules()) -> Float[Array, "B H T C"]:
+    """Attention with all scores at once, in at least float32; rows that see nothing give 0. G divides H; values may be
+    of another size."""
     B, H, T, K = q.shape
     G = k.shape[1]
     grouped = rules.scaled(q).reshape(B, G, H // G * T, K)
@@ -33,17 +34,17 @@ def attend_plain(q: Float[Array, "B H T K"], k: Float[Array, "B G S K"], v: Floa
     weights = weights / jnp.maximum(weights.sum(-1, keepdims=True), jnp.finfo(scores.dtype).tiny)
     weights = weights[..., : k.shape[2]].astype(v.dtype)
     out = jnp.einsum("BGRS,BGSK->BGRK", weights.reshape(B, G, H // G * T, -1), v)
-    return out.reshape(B, H, T, K)
+    return out.reshape(B, H, T, -1)
 
 
-def attend(q: Float[Array, "B H T K"], k: Float[Array, "B G T K"], v: Float[Array, "B G T K"], places: Places,
-           rules: Rules = Rules()) -> Float[Array, "B H T K"]:
+def attend(q: Float[Array, "B H T K"], k: Float[Array, "B G T K"], v: Float[Array, "B G T C"], places: Places,
+           rules: Rules = Rules()) -> Float[Array, "B H T C"]:
     """Attention of a piece to itself, for training and prefill without a state; no T x T matrix is kept.
 
     Args: q, k, v: rotated already; places: of the tokens, padding last; rules: what becomes of the scores.
     """
     platform = jax.default_backend()
-    if platform == "gpu" and kernels.fits_cudnn(q, rules):
+    if platform == "gpu" and kernels.fits_cudnn(q, v, rules):
         return kernels.attend_cudnn(q, k, v, places, rules)
     if platform == "tpu" and kernels.fits_splash(q, rules):
         return kernels.attend_splash(q, k, v, places, rules)

@@ -15,15 +15,20 @@ from archlab.layers.sharding import per_shard
 SPLASH_BLOCK = 512  # queries and keys per block
 
 
-def fits_cudnn(q: jax.Array, rules: Rules) -> bool:
-    """Half precision and heads of at most 128, in multiples of 8; causal, with nothing done to the scores."""
-    return rules.plain and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0
+def fits_cudnn(q: jax.Array, v: jax.Array, rules: Rules) -> bool:
+    """Half precision and heads of at most 128, in multiples of 8, their values no larger than their keys; causal, with
+    nothing done to the scores."""
+    size = q.shape[-1]
+    half = q.dtype in (jnp.bfloat16, jnp.float16)
+    return rules.plain and half and size <= 128 and size % 8 == 0 and v.shape[-1] <= size
 
 
-def attend_cudnn(q: Float[Array, "B H T K"], k: Float[Array, "B G T K"], v: Float[Array, "B G T K"], places: Places,
-                 rules: Rules) -> Float[Array, "B H T K"]:
+def attend_cudnn(q: Float[Array, "B H T K"], k: Float[Array, "B G T K"], v: Float[Array, "B G T C"], places: Places,
+                 rules: Rules) -> Float[Array, "B H T C"]:
     """Causal attention of a piece to itself. Rows of one document, padding after it, need no mask in memory; packed
     documents get one of T x T bits a row, shared by all heads."""
+    size = v.shape[-1]
+    v = jnp.pad(v, [(0, 0)] * 3 + [(0, q.shape[-1] - size)])  # the kernel wants values of the keys' size
     q, k, v = (jnp.swapaxes(a, 1, 2) for a in (q, k, v))
     segments = places.segments
     lengths = (segments > 0).sum(1, dtype=jnp.int32)
@@ -36,7 +41,7 @@ def attend_cudnn(q: Float[Array, "B H T K"], k: Float[Array, "B G T K"], v: Floa
         return run(mask=visible(places, places)[:, None])
 
     one_document = ((segments == segments[:, :1]) | (segments == 0)).all()
-    out = jnp.swapaxes(jax.lax.cond(one_document, alone, packed), 1, 2)
+    out = jnp.swapaxes(jax.lax.cond(one_document, alone, packed), 1, 2)[..., :size]
     return jnp.where(segments[:, None, :, None] > 0, out, 0)
 
 
@@ -46,8 +51,8 @@ def fits_splash(q: jax.Array, rules: Rules) -> bool:
     return known and q.shape[2] % 128 == 0 and q.shape[3] % 64 == 0
 
 
-def attend_splash(q: Float[Array, "B H T K"], k: Float[Array, "B G T K"], v: Float[Array, "B G T K"], places: Places,
-                  rules: Rules, interpret: bool = False) -> Float[Array, "B H T K"]:
+def attend_splash(q: Float[Array, "B H T K"], k: Float[Array, "B G T K"], v: Float[Array, "B G T C"], places: Places,
+                  rules: Rules, interpret: bool = False) -> Float[Array, "B H T C"]:
     """Causal attention of a piece to itself within its documents. interpret: run without a TPU, slowly, for tests."""
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 

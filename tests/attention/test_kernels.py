@@ -51,6 +51,22 @@ def test_what_fits_splash(length, size, fits):
 
 
 def test_what_fits_cudnn():
-    of = lambda dtype, size, rules=Rules(): kernels.fits_cudnn(jnp.zeros((1, 1, 8, size), dtype), rules)
+    def of(dtype, size, rules=Rules(), value_size=None):
+        q, v = (jnp.zeros((1, 1, 8, n), dtype) for n in (size, value_size or size))
+        return kernels.fits_cudnn(q, v, rules)
+
     assert of(jnp.bfloat16, 64) and not of(jnp.float32, 64) and not of(jnp.bfloat16, 256) and not of(jnp.float16, 12)
     assert of(jnp.bfloat16, 64, Rules(scale=1.0)) and not of(jnp.bfloat16, 64, Rules(Sight(9)))
+    assert of(jnp.bfloat16, 96, value_size=64) and not of(jnp.bfloat16, 64, value_size=96)
+
+
+def test_values_may_be_smaller_than_keys(monkeypatch):
+    """As the kernels are called: splash interpreted, and XLA in the place of cuDNN, which must see equal sizes."""
+    q, k, v, tokens = inputs(size=128)
+    v, places, real = v[..., :64], Places(tokens.segments, tokens.positions), tokens.real[:, None, :, None]
+    want = jnp.where(real, attend_plain(q, k, v, places, places), 0)
+    run = jax.nn.dot_product_attention
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *a, **kw: run(*a, **{**kw, "implementation": "xla"}))
+    for got in (kernels.attend_splash(q, k, v, places, Rules(), interpret=True),
+                kernels.attend_cudnn(q, k, v, places, Rules())):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
