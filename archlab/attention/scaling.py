@@ -87,7 +87,8 @@ class YaRN(Scaling):
 
     factor: s. original: the context of pre-training. mscale, mscale_all_dim: with both (DeepSeek), cosine and sine are
     multiplied by `m(mscale) / m(mscale_all_dim)`, else by `m(1)`, where `m(a) = 0.1 a ln s + 1`; attention_factor is
-    put in place of that. truncate: the ramp begins and ends at whole pairs (False: gpt-oss).
+    put in place of that, and DeepSeek's own attention multiplies its scores by `score_factor` besides. truncate: the
+    ramp begins and ends at whole pairs (False: gpt-oss).
     """
 
     factor: float
@@ -117,8 +118,16 @@ class YaRN(Scaling):
     def _attention_factor(self) -> float:
         if self.attention_factor is not None:
             return self.attention_factor
-        m = lambda scale: 0.1 * scale * math.log(self.factor) + 1
-        return m(self.mscale) / m(self.mscale_all_dim) if self.mscale and self.mscale_all_dim else m(1)
+        both = self.mscale and self.mscale_all_dim
+        return self._m(self.mscale) / self._m(self.mscale_all_dim) if both else self._m(1)
+
+    @property
+    def score_factor(self) -> float:
+        """`m(mscale_all_dim)^2`: what reaches the channels that do not turn, which cosine and sine cannot."""
+        return self._m(self.mscale_all_dim or 0) ** 2
+
+    def _m(self, scale: float) -> float:
+        return 0.1 * scale * math.log(self.factor) + 1
 
 
 class LongRoPE(Scaling):
@@ -159,7 +168,7 @@ class LongRoPE(Scaling):
 class Llama3Scaling(Scaling):
     """Llama 3.1's rule: wavelengths above `original / low` tokens are stretched by `factor`, those below
     `original / high` are left, and between the two the frequencies are blended (Grattafiori et al. 2024,
-    arXiv:2407.21783, as in its released code)."""
+    arXiv:2407.21783, as in its released code). In Llama 4 low and high are equal, and nothing lies between."""
 
     factor: float
     low: float
@@ -170,12 +179,12 @@ class Llama3Scaling(Scaling):
         _check_factor(self)
         _check_original(self)
         require(self.low > 0, self, "low", "must be above 0")
-        require(self.high > self.low, self, "high", f"must be above low = {self.low}")
+        require(self.high >= self.low, self, "high", f"must be at least low = {self.low}")
 
     def frequencies(self, base, size, context_length):
         f = plain_frequencies(base, size)
         turns = self.original * f / (2 * math.pi)
-        kept = np.clip((turns - self.low) / (self.high - self.low), 0, 1)
+        kept = np.clip((turns - self.low) / (self.high - self.low or 1e-9), 0, 1)
         return f * (kept + (1 - kept) / self.factor), 1.0
 
 
