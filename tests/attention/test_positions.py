@@ -28,7 +28,8 @@ SCALINGS = [
     YaRN(8.0, original=2048, mscale=1.0, mscale_all_dim=0.5), YaRN(4.0, original=64, attention_factor=1.5),
     YaRN(32.0, original=4096, beta_fast=16, beta_slow=2, truncate=False), YaRN(2.0, original=8, beta_fast=64),
     LongRoPE(SHORT, LONG, original=64, factor=4.0), LongRoPE(SHORT, LONG, 64, 4.0, attention_factor=1.25),
-    Llama3Scaling(8.0, low=1.0, high=4.0, original=256), ProportionalScaling(0.5), ProportionalScaling(0.25, 8.0),
+    Llama3Scaling(8.0, low=1.0, high=4.0, original=256), Llama3Scaling(8.0, low=1.0, high=1.0, original=256),
+    ProportionalScaling(0.5), ProportionalScaling(0.25, 8.0),
 ]
 
 
@@ -335,7 +336,7 @@ def test_temperature_is_llama_4s():
     (lambda: YaRN(2.0, 64, beta_fast=0.5), "YaRN.beta_fast = 0.5: must be at least beta_slow = 1.0"),
     (lambda: Rotary(scaling=LongRoPE(SHORT, (1.5, 4.0), 64, 2.0)).check(8), "LongRoPE.long = (1.5, 4.0): must be 4"),
     (lambda: LongRoPE((0.0,), (1.0,), 64, 2.0), "LongRoPE.short = (0.0,): must all be above 0"),
-    (lambda: Llama3Scaling(8.0, 4.0, 1.0, 64), "Llama3Scaling.high = 1.0: must be above low = 4.0"),
+    (lambda: Llama3Scaling(8.0, 4.0, 1.0, 64), "Llama3Scaling.high = 1.0: must be at least low = 4.0"),
     (lambda: ProportionalScaling(1.5), "ProportionalScaling.share = 1.5"),
     (lambda: RelativeBias(4, buckets=7, causal=False), "RelativeBias.buckets = 7: must be even"),
     (lambda: RelativeBias(4, max_distance=16), "RelativeBias.max_distance = 16: must be above 16"),
