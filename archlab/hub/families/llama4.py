@@ -49,13 +49,13 @@ def read(f):
     experts = read_moe(f, "num_local_experts", "intermediate_size", router, scale_input=True)
     sparse = Parallel(experts, MLP(experts.hidden, experts.activation, gated=True))
     dense = MLP(f.positive("intermediate_size_mlp"), experts.activation, gated=True)
-    layers, step, of_experts = f.take("num_hidden_layers"), f.positive("interleave_moe_layer_step"), f.take("moe_layers")
-    of_experts = range(step - 1, layers, step) if of_experts is None else of_experts
+    layers, step, chosen = f.take("num_hidden_layers"), f.positive("interleave_moe_layer_step"), f.take("moe_layers")
+    chosen = range(step - 1, layers, step) if chosen is None else chosen
 
     def block(i, turn, chunk):
         attention = read_attention(f, positions=rotary if turn else far, qk_norm=qk_norm if turn else None, chunk=chunk,
                                    bias=bias, out_bias=bias)
-        return sequential(attention, sparse if i in of_experts else dense, norm)
+        return sequential(attention, sparse if i in chosen else dense, norm)
 
     return read_decoder(f, [block(i, *kind) for i, kind in enumerate(read_kinds(f, layers))], norm)
 
