@@ -117,9 +117,9 @@ class AttentionModule(Layer):
     def heads(self, x, tokens: Tokens):
         """Queries [B, H, T, K], keys and values [B, G, T, K], normed and rotated."""
         norm, positions = self.config.qk_norm, self.config.positions
-        q = add_bias(project(x, self.query, "BTD,DHK->BTHK"), self.query_bias)
-        k = add_bias(project(x, self.key, "BTD,DGK->BTGK"), self.key_bias)
-        v = add_bias(project(x, self.value, "BTD,DGK->BTGK"), self.value_bias)
+        q = self._project(x, self.query, self.query_bias)
+        k = self._project(x, self.key, self.key_bias)
+        v = self._project(x, self.value, self.value_bias)
         heads_first = lambda *arrays: (jnp.swapaxes(a, 1, 2) for a in arrays)
         if norm is not None and not norm.after:
             q, k = self.query_norm(q), self.key_norm(k)
@@ -136,6 +136,9 @@ class AttentionModule(Layer):
         bias = None if config.positions is None else config.positions.bias(config.heads, tokens)
         sinks = None if self.sinks is None else self.sinks[...]
         return Rules(config.sight, config.scale, config.cap, bias, sinks)
+
+    def _project(self, x, weight, bias):
+        return add_bias(project(x, weight, "BTD,DHK->BTHK"), bias)
 
     def _clipped(self, a):
         return a if self.config.clip is None else jnp.clip(a, -self.config.clip, self.config.clip)
