@@ -51,7 +51,8 @@ def main() -> None:
     saved = {} if hub.is_huggingface(folder) else json.loads((folder / "config.json").read_text())
     context = FLAGS.context or saved.get("context", 256)
     tokenizer, documents, source = read(folder, saved, FLAGS.rows * context)
-    batch, pieces = batch_of(documents, tokenizer, context, FLAGS.rows)
+    batch = batch_of(documents, tokenizer, context, FLAGS.rows)
+    pieces = pieces_of(batch.ids[batch.segments > 0].tolist(), tokenizer, folder)
     if batch.ids.max() >= model.config.vocab:
         raise ValueError(f"the tokenizer gives id {batch.ids.max()}, and the model's vocab is {model.config.vocab}")
     layers = look(model, batch, jax.random.key(FLAGS.seed))
@@ -91,7 +92,7 @@ def read(folder: Path, saved: dict, count: int):
 
 
 def batch_of(documents: list[bytes], tokenizer, context: int, rows: int):
-    """Documents end to end in rows of `context`, padded at the end; and the bytes of every real token."""
+    """Documents end to end in rows of `context`, padded at the end."""
     import numpy as np
 
     from archlab.data import Batch, ByteTokenizer
@@ -105,13 +106,22 @@ def batch_of(documents: list[bytes], tokenizer, context: int, rows: int):
         ids, segments = ids + found, segments + [number] * len(found)
     if not ids:
         raise ValueError("the text is empty: there must be at least one token to look at")
-    if hasattr(tokenizer, "to_bytes"):
-        pieces = [tokenizer.to_bytes([token]) for token in ids]
-    else:  # what comes before decides about the space between two tokens
-        pieces = [tokenizer.decode([token], ids[max(0, t - 4):t]).encode() for t, token in enumerate(ids)]
     shaped = lambda values: np.pad(np.array(values, np.int32), (0, -len(ids) % context)).reshape(-1, context)
     ids, segments = shaped(ids), shaped(segments)
-    return Batch(ids, np.zeros_like(ids), segments, np.zeros(ids.shape, np.float32)), pieces
+    return Batch(ids, np.zeros_like(ids), segments, np.zeros(ids.shape, np.float32))
+
+
+def pieces_of(ids: list[int], tokenizer, folder: Path) -> list[bytes]:
+    """The bytes of each token; none of a special one of the checkpoint's."""
+    from archlab.data.tokenizers import BpeTokenizer
+
+    if hasattr(tokenizer, "to_bytes"):
+        return [tokenizer.to_bytes([token]) for token in ids]
+    try:
+        exact = BpeTokenizer.load(folder / "tokenizer.json")
+    except ValueError:  # not byte-level; what comes before a token decides about the space between the two
+        return [tokenizer.decode([token], ids[max(0, t - 4):t]).encode() for t, token in enumerate(ids)]
+    return [exact.to_bytes([token]) if tokenizer.decode([token]) else b"" for token in ids]
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ import pytest
 from flax import nnx
 
 import archlab
+from archlab.data import load_corpus
+from archlab.data.tokenizers import BpeTokenizer
 from archlab.layers.mlp import SwiGLU
 from archlab.layers.residual import Residual
 from archlab.model import LanguageModel
@@ -62,10 +64,12 @@ def test_validation_text_by_default_and_a_file(folder, tmp_path):
     assert "validation side" in (tmp_path / "page.html").read_text()
     saved = tmp_path / "saved"
     archlab.save(archlab.load(folder / "moe"), saved)
+    BpeTokenizer.train(load_corpus(f"text:{folder / 'text.txt'}"), 256).save(saved / "tokenizer.json")
     (tmp_path / "words.txt").write_text("some words")
     done = inspect(f"--checkpoint={saved}", f"--file={tmp_path / 'words.txt'}", f"--out={tmp_path / 'page.html'}")
     assert done.returncode == 0 and "10 tokens" in done.stdout, done.stderr
-    assert "Load over training" not in (tmp_path / "page.html").read_text()
+    page = (tmp_path / "page.html").read_text()
+    assert "Load over training" not in page and "<span>e</span><span> </span><span>w</span>" in page
 
 
 @pytest.mark.parametrize("flags, words", [
