@@ -33,7 +33,9 @@ def expert_page(title: str, layers: Sequence[ExpertLayer], pieces: Sequence[byte
     if seeing:
         page.text("Each token has the colour of its first expert; under the pointer it tells them all. Choose a layer, "
                   "or an expert to see whatever went there. Shares are of all choices. A line across the text begins a "
-                  "new row: what comes after it was read without what is before.")
+                  "new row: what comes after it was read without what is before."
+                  + (" A wavy line is under tokens of which training would drop choices."
+                     if any(layer.lost is not None for layer in seeing) else ""))
         places = np.flatnonzero(real.reshape(-1))[:SHOWN]
         breaks = np.flatnonzero(np.diff(places // real.shape[1])) + 1
         shown = [piece.decode(errors="replace") or "·" for piece in pieces[:SHOWN]]
