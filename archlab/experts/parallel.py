@@ -12,9 +12,10 @@ input dimension and, on a tensor axis, a part of their hidden one. A group is wh
     gather      every device gets all tokens of its group, runs its own experts on what is theirs, and the outputs are
                 added up where the tokens came from (all-gather, reduce-scatter).
 
-Each form sends rows of D numbers to each other device, there and back: the one its room, the other all its tokens. So
-a device sends 2 * (devices - 1) * rows * D numbers, and the form is chosen that has fewer rows: gathering for the few
-tokens of a decode step, and where a token goes to at least half as many experts as there are devices.
+Each form sends rows of D numbers to each other device, there and back: 2 * (devices - 1) * rows * D numbers in all. To
+gather, the rows are all its tokens; in an all-to-all its room, or where only real rows travel (`exchange`) an even
+share of the choices. The form that sends fewer is chosen: gathering for the few tokens of a decode step, and where a
+token goes to about as many experts as there are devices (half as many, where whole rooms travel).
 """
 
 import math
@@ -32,7 +33,7 @@ from archlab.layers.sharding import free_axes, partition
 
 FORMS = ("all-to-all", "gather")
 SLACK = 2  # a round's room, in even shares
-LEAST = 16  # and in rows: fewer would often need a second round
+LEAST = 16  # and in rows: fewer would often need a second round, and gain no time
 LETTERS = {"up": "E.->F", "gate": "E.->F", "down": "EF->.", "up_bias": "E->F", "gate_bias": "E->F",
            "down_bias": "E->."}  # of what `Experts` holds; D is whole inside
 
@@ -77,7 +78,7 @@ def _on_group(x, experts, weights, params: Experts, capacity: int | None, axes: 
     if devices == 1:
         return _own_experts(x, experts, weights, params, capacity)
     room = round_room(experts.size, devices) if capacity is None else own * len(x) * capacity
-    form = form or cheaper_form(tokens, room)
+    form = form or cheaper_form(tokens, room if capacity is not None or padded() else experts.size // devices)
     if form == "gather":
         return _gathered(x, experts, weights, params, capacity, room=SLACK * experts.size)
     swap = lambda a, split=0, join=0: jax.lax.all_to_all(a, "expert", split, join, tiled=True)
@@ -98,18 +99,22 @@ def round_room(slots: int, devices: int) -> int:
     return min(slots, max(LEAST, math.ceil(SLACK * slots / devices)))
 
 
-def cheaper_form(tokens: int, room: int) -> str:
-    """The form that sends fewer rows to each other device: all `tokens`, or the `room` of an all-to-all."""
-    return "gather" if tokens <= room else "all-to-all"
+def cheaper_form(tokens: int, rows: int) -> str:
+    """The form that sends fewer rows to each other device: all `tokens`, or the `rows` of an all-to-all."""
+    return "gather" if tokens <= max(LEAST, rows) else "all-to-all"
+
+
+def padded() -> bool:
+    """Whether an all-to-all sends whole rooms: CPUs have no ragged one."""
+    return jax.default_backend() == "cpu"
 
 
 def exchange(rows: Float[Array, "R D"], sent: Int[Array, "devices"], received: Int[Array, "devices"]) -> jax.Array:
     """The d-th of equal blocks of `rows` to device d; the blocks that come, in the order of their devices: [R, D].
 
-    Only the first `sent[d]` rows of a block are real: `ragged_all_to_all` sends no others, and leaves zeros for them.
-    It does not exist on CPUs, where whole blocks are sent.
+    Only the first `sent[d]` rows of a block are real: a ragged all-to-all sends no others, and leaves zeros for them.
     """
-    if jax.default_backend() == "cpu":
+    if padded():
         return jax.lax.all_to_all(rows, "expert", 0, 0, tiled=True)
     starts = jnp.arange(len(sent), dtype=jnp.int32) * (len(rows) // len(sent))
     mine = jnp.broadcast_to(starts[jax.lax.axis_index("expert")], starts.shape)  # my block on every device

@@ -46,14 +46,15 @@ def test_accelerators_send_ragged(backend, platform):
     assert all("xi32>" in line for line in lines if "stablehlo.all_to_all" in line)
 
 
-@pytest.mark.parametrize("tokens, k, devices, form", [
-    (1, 2, 8, "gather"),  # a decode step
-    (16, 2, 8, "gather"),
-    (4096, 2, 8, "all-to-all"),
-    (4096, 2, 64, "all-to-all"),
-    (4096, 8, 64, "all-to-all"),
-    (4096, 2, 4, "gather"),  # twice an even share of two choices each is half of all slots: as many as tokens
-    (4096, 8, 8, "gather"),
+@pytest.mark.parametrize("tokens, k, devices, padded, ragged", [
+    (1, 2, 8, "gather", "gather"),  # a decode step
+    (16, 2, 8, "gather", "gather"),
+    (4096, 2, 8, "all-to-all", "all-to-all"),
+    (4096, 8, 64, "all-to-all", "all-to-all"),
+    (4096, 2, 4, "gather", "all-to-all"),  # with room for twice an even share, rooms hold as many rows as all tokens
+    (4096, 8, 8, "gather", "gather"),
 ])
-def test_the_form_that_sends_less(tokens, k, devices, form):
-    assert cheaper_form(tokens, round_room(tokens * k, devices)) == form
+def test_the_form_that_sends_less(tokens, k, devices, padded, ragged):
+    slots = tokens * k
+    assert cheaper_form(tokens, round_room(slots, devices)) == padded
+    assert cheaper_form(tokens, slots // devices) == ragged
