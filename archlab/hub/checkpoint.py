@@ -59,7 +59,7 @@ def load(folder: str | Path, dtype=None, mesh=None) -> Model:
             model = nnx.eval_shape(lambda: config.build(nnx.Rngs(0)))
             variables = lettered(model)
             wanted = plan(family, config, variables)
-            names = compare(wanted, tensors, family, config.tied)
+            names = compare(wanted, tensors, family, config)
             dtypes = {path: dtype if isinstance(v, nnx.Param) else jnp.float32 for path, v in variables.items()}
             places = None if mesh is None else functools.reduce(operator.or_, parameter_shardings(model, mesh))
             arrays = read(wanted, names, tensors, dtypes, places)
@@ -86,6 +86,8 @@ def save(model: Model, folder: str | Path, fields: dict | None = None, shard: in
         raise ValueError("the arrays of this model are not those of its config (an unstacked one: save what it was "
                          "made from)")
     wanted = plan(family, config, _abstract(config))
+    if family.copied and not config.tied:
+        wanted |= dict.fromkeys(family.copies, wanted[family.outer["embed/table"]])
     source = _Source([blocks.body for blocks in family.blocks], config, model.config, arrays)
     dtype_of = lambda name: source.copy(wanted[name].parts[0]).dtype
 

@@ -35,9 +35,13 @@ def write_moe(config, experts: str, hidden: str) -> dict:
     """The inverse of `read_moe`, router and all."""
     moe = each(config, MoE)[0]
     activation = {"hidden_act": write_activation(moe)} if isinstance(moe.activation, str) else {}
-    weight = sum(loss.weight for loss in moe.balance if isinstance(loss, SwitchLoss))
     return {experts: moe.experts, hidden: moe.hidden, "num_experts_per_tok": moe.router.k,
-            **activation, "router_aux_loss_coef": round(weight / moe.router.k, 12)}
+            **activation, "router_aux_loss_coef": write_balance(moe)}
+
+
+def write_balance(moe: MoE) -> float:
+    """The inverse of `read_balance`."""
+    return round(sum(loss.weight for loss in moe.balance if isinstance(loss, SwitchLoss)) / moe.router.k, 12)
 
 
 def feed_forwards(config) -> list:

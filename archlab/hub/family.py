@@ -48,9 +48,10 @@ class Family:
     outer: {our path: their name} of all that is in no block. blocks: the rest.
     spelling: the family's own names of common fields, {"hidden_size": "n_embd"}.
     base: a prefix of names that the hub's files sometimes lack. inside: one that names have where the model is a part
-      of a larger one. buffers: patterns of tensors that are no parameters.
-    copies: names under which files hold the embedding once more, or only so. zeros: names of tensors that files may
-      lack, because they are zero there.
+      of a larger one. buffers: patterns of tensors that are no parameters, or a function of the config that gives
+      them.
+    copies: names under which files hold the embedding once more, or only so. copied: whether they are written, too,
+      where the head is not tied. zeros: names of tensors that files may lack, because they are zero there.
     """
 
     model_types: tuple[str, ...]
@@ -63,8 +64,9 @@ class Family:
     spelling: dict = dataclasses.field(default_factory=dict)
     base: str = "model."
     inside: str = ""
-    buffers: tuple[str, ...] = ()
+    buffers: tuple[str, ...] | Callable[[LanguageModel], tuple[str, ...]] = ()
     copies: tuple[str, ...] = ()
+    copied: bool = False
     zeros: tuple[str, ...] = ()
 
     def config(self, values: dict) -> LanguageModel:
@@ -156,7 +158,7 @@ def settled(config: LanguageModel) -> LanguageModel:
         if isinstance(node, MoE):
             node = dataclasses.replace(node, balance=(), capacity=None, init_scale=1.0)
         if isinstance(node, TopK):
-            node = dataclasses.replace(node, jitter=0.0)
+            node = dataclasses.replace(node, jitter=0.0, balance_rate=float(node.balance_rate > 0))
         if isinstance(node, Repeat):
             node = Sequence(*[node.unit] * node.n)
         if isinstance(node, Sequence):

@@ -54,6 +54,14 @@ class Interleaved(InputsFirst):
     """... in which several parameters of experts take turns along the outputs: gate, up, gate, up (gpt-oss)."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Joined:
+    """The name of a matrix of all experts, one below another, hidden units first whether they are inputs or outputs:
+    [E F, D] (DBRX)."""
+
+    name: str
+
+
 class Rule(NamedTuple):
     """Our parameters (one, or those that share a tensor), the tensor, and how it is written in the table: as a str, or
     as one of the forms above."""
@@ -120,6 +128,9 @@ def place(rule: Rule, parameters: dict[str, nnx.Param], at: dict[int, int], inpu
 
     Args: parameters: those of `rule.ours` by path; at: {axis: place} of the copy that this is about.
     """
+    if rule.form is Joined:
+        yield _joined(rule, parameters, at)
+        return
     first, inputs_first = parameters[rule.ours[0]], inputs_first or issubclass(rule.form, InputsFirst)
     axes = {letter: first.letters.replace("->", "").index(letter) for letter in enumerated(rule.name)}
     for places in itertools.product(*(range(first.shape[axis]) for axis in axes.values())):
@@ -142,6 +153,16 @@ def place(rule: Rule, parameters: dict[str, nnx.Param], at: dict[int, int], inpu
                 boxes = ((boxes[0][0], _box(f.shape, dimension, i, size, len(flat))),)
             parts.append(Part(path, parameters[path].shape, here, f.groups, boxes))
         yield name, tuple(shape), parts
+
+
+def _joined(rule: Rule, parameters: dict[str, nnx.Param], at: dict[int, int]):
+    """The tensor of a `Joined` rule: what would be tensors of their own, one below another."""
+    inputs_first = "F" in parameters[rule.ours[0]].letters.split("->")[0]
+    apart = list(place(Rule(rule.ours, rule.name + "{e}", str), parameters, at, inputs_first))
+    rows, *rest = apart[0][1]
+    parts = [part._replace(boxes=((ours, (slice(e * rows, (e + 1) * rows), *theirs[1:])),))
+             for e, (_, _, (part,)) in enumerate(apart) for ours, theirs in part.boxes]
+    return rule.name, (len(apart) * rows, *rest), parts
 
 
 class _Flat(NamedTuple):

@@ -74,13 +74,22 @@ def test_routers_decide_alike(name, monkeypatch):
     monkeypatch.setattr(moe, "routing_traces", lambda routing, real: {
         "logits": routing.logits, "experts": routing.experts, "weights": routing.weights})
     model, expected, _ = loaded(name)
-    memory = model.encode(expected["source"], expected["source_mask"])[0] if "source" in expected else None
-    ours = in_layers(model(expected["ids"], memory=memory).aux.traces)
-    np.testing.assert_allclose(ours["logits"], expected["router_logits"], atol=1e-4)
-    order = np.argsort(ours["experts"], -1)
-    there = lambda values: np.take_along_axis(np.asarray(values), order, -1)
-    np.testing.assert_array_equal(there(ours["experts"]), expected["chosen"])
-    np.testing.assert_allclose(there(ours["weights"]), expected["chosen_weights"], atol=1e-4)
+    memory = None
+    if "source" in expected:
+        memory, aux = model.encode(expected["source"], expected["source_mask"])
+        compare_routing(aux, expected, "source_", expected["source_mask"] == 1)
+    compare_routing(model(expected["ids"], memory=memory).aux, expected)
+
+
+def compare_routing(aux, expected, prefix="", real=...):
+    """The decisions of all layers of one side, at real tokens [B, T] (all of them where it is not said)."""
+    found = in_layers(aux.traces)
+    logits, experts, weights = (found[name][:, real] for name in ("logits", "experts", "weights"))
+    theirs = {name: expected[prefix + name][:, real] for name in ("router_logits", "chosen", "chosen_weights")}
+    np.testing.assert_allclose(logits, theirs["router_logits"], atol=1e-4)
+    order = np.argsort(experts, -1)
+    np.testing.assert_array_equal(np.take_along_axis(experts, order, -1), theirs["chosen"])
+    np.testing.assert_allclose(np.take_along_axis(weights, order, -1), theirs["chosen_weights"], atol=1e-4)
 
 
 def in_layers(traces) -> dict:

@@ -31,62 +31,78 @@ OUTER = {"embed/table": "shared.weight", "head/weight": "lm_head.weight",
          "{encoder_norm,norm}/scale": "{encoder,decoder}.final_layer_norm.weight"}
 
 
-def names(*parts):
-    """A function from the config to the tensors of a block of these parts."""
+def attentions(*parts: str) -> dict:
+    """The tensors of a block's attention layers of these names, and of the norms of all its layers."""
+    table = {f"layers/{i}/layer/{{query,key,value,out}}": f"layer.{i}.{part}.{{q,k,v,o}}.weight"
+             for i, part in enumerate(parts)}
+    return table | {f"layers/{i}/before/scale": f"layer.{i}.layer_norm.weight" for i in range(len(parts) + 1)}
+
+
+SELF, BOTH = attentions("SelfAttention"), attentions("SelfAttention", "EncDecAttention")
+
+
+def names(table: dict, i: int):
+    """A function from the config to the tensors of a block whose layer `i` is an MLP."""
     def of(config):
         hidden = {"{gate,up}": "wi_{0,1}"} if each(config, MLP)[0].gated else {"up": "wi"}
-        table = {}
-        for i, part in enumerate(parts):
-            inside = hidden | {"down": "wo"} if part == "DenseReluDense" else {"{query,key,value,out}": "{q,k,v,o}"}
-            table |= {f"layers/{i}/layer/{ours}": f"layer.{i}.{part}.{name}.weight" for ours, name in inside.items()}
-            table[f"layers/{i}/before/scale"] = f"layer.{i}.layer_norm.weight"
-        return table
+        return table | {f"layers/{i}/layer/{ours}": f"layer.{i}.DenseReluDense.{name}.weight"
+                        for ours, name in (hidden | {"down": "wo"}).items()}
 
     return of
 
 
-ENCODER = Blocks(names("SelfAttention", "DenseReluDense"), "encoder.block.{i}.", "encoder")
-DECODER = Blocks(names("SelfAttention", "EncDecAttention", "DenseReluDense"), "decoder.block.{i}.")
+ENCODER = Blocks(names(SELF, 1), "encoder.block.{i}.", "encoder")
+DECODER = Blocks(names(BOTH, 2), "decoder.block.{i}.")
 
 
 def read(f):
     kind = f.take("model_type")
     f.defaults = DEFAULTS | OWN[kind]
-    f.only("is_encoder_decoder", True)
-    f.take("max_position_embeddings", None)  # of the texts it was trained on
     activation, gated = f.choose("feed_forward_proj", FORMS)
     f.only("is_gated_act", gated, default=gated)
     f.take("dense_act_fn", None)  # follows from the form
-    sizes, norm = read_sizes(f), RMSNorm(f.take("layer_norm_epsilon"))
+    mlp, layers = MLP(f.take("d_ff"), activation, gated), f.take("num_hidden_layers")
+    scaled = f.take("scale_decoder_outputs", f.take("tie_word_embeddings", True)) and kind == "t5"
+    return read_sides(f, [mlp] * layers, [mlp] * (f.take("num_decoder_layers") or layers), scaled)
+
+
+def read_sides(f, encoder: list, decoder: list, scaled: bool) -> EncoderDecoder:
+    """The model whose blocks end with these layers, one each. scaled: whether what the head reads is."""
+    f.only("is_encoder_decoder", True)
+    f.take("max_position_embeddings", None)  # of the texts it was trained on
+    sizes, norm, width = read_sizes(f), RMSNorm(f.take("layer_norm_epsilon")), f.take("hidden_size")
     branch = lambda layer: Residual(layer, norm)
-    mlp = branch(MLP(f.take("d_ff"), activation, gated))
 
     def side(layers, causal):
         table = RelativeBias(sizes["heads"], f.take("relative_attention_num_buckets"),
                              f.take("relative_attention_max_distance"), causal)
         attend = branch(Attention(**sizes, positions=RelativePositions(), causal=causal, scale=1.0))
         look = [branch(CrossAttention(**sizes, scale=1.0))] if causal else []
-        return Sequence(table, *stack([Sequence(attend, *look, mlp)] * layers)[0].layers)
+        return Sequence(table, *stack([Sequence(attend, *look, branch(layer)) for layer in layers])[0].layers)
 
-    layers, tied, width = f.take("num_hidden_layers"), f.take("tie_word_embeddings", True), f.take("hidden_size")
     start = f.take("decoder_start_token_id", 0)
     if start is None:
         f.refuse("decoder_start_token_id = null is not supported; a token is")
-    scaled = f.take("scale_decoder_outputs", tied) and kind == "t5"
-    return EncoderDecoder(f.take("vocab_size"), width, side(f.take("num_decoder_layers") or layers, True), norm, tied,
-                          logit_scale=width**-0.5 if scaled else 1.0, encoder=side(layers, False), encoder_norm=norm,
+    return EncoderDecoder(f.take("vocab_size"), width, side(decoder, True), norm, f.take("tie_word_embeddings", True),
+                          logit_scale=width**-0.5 if scaled else 1.0, encoder=side(encoder, False), encoder_norm=norm,
                           start=start or 0)
 
 
 def write(config):
-    encoder, mlp, table = each(config.encoder, Attention), each(config, MLP)[0], each(config, RelativeBias)[0]
-    size = encoder[0].head_size or config.width // encoder[0].heads
-    return {**write_decoder(config), "head_dim": size, "num_attention_heads": encoder[0].heads, "d_ff": mlp.hidden,
-            "num_hidden_layers": len(encoder), "num_decoder_layers": len(each(config.body, Attention)),
-            "relative_attention_num_buckets": table.buckets, "relative_attention_max_distance": table.max_distance,
-            "layer_norm_epsilon": config.norm.eps, "is_encoder_decoder": True, "decoder_start_token_id": config.start,
+    mlp = each(config, MLP)[0]
+    return {**write_sides(config), "d_ff": mlp.hidden,
             "feed_forward_proj": next(name for name, form in FORMS.items() if form == (mlp.activation, mlp.gated)),
             "scale_decoder_outputs": config.logit_scale != 1.0}
+
+
+def write_sides(config):
+    """The inverse of `read_sides`."""
+    encoder, table = each(config.encoder, Attention), each(config, RelativeBias)[0]
+    size = encoder[0].head_size or config.width // encoder[0].heads
+    return {**write_decoder(config), "head_dim": size, "num_attention_heads": encoder[0].heads,
+            "num_hidden_layers": len(encoder), "num_decoder_layers": len(each(config.body, Attention)),
+            "relative_attention_num_buckets": table.buckets, "relative_attention_max_distance": table.max_distance,
+            "layer_norm_epsilon": config.norm.eps, "is_encoder_decoder": True, "decoder_start_token_id": config.start}
 
 
 FAMILY = Family(("t5", "mt5"), "T5ForConditionalGeneration", DEFAULTS, read, write, OUTER, (ENCODER, DECODER),
