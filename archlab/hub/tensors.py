@@ -16,6 +16,8 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
+from archlab.hub import mxfp4
+
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD = 5 * 10**9  # bytes of a file that is written
 HEADER = 100 * 2**20  # the longest header that the format allows
@@ -30,13 +32,15 @@ Box = tuple[slice, ...]  # a part of a tensor, as a slice of each dimension; all
 
 
 class Tensor(NamedTuple):
-    """Where a tensor lies. kind: of its numbers, as the file calls it; dtype: None for one that cannot be read."""
+    """Where a tensor lies. kind: of its numbers, as the file calls it; dtype: as which they are read, None for one that
+    cannot be. scales: where the other half of an MXFP4 tensor lies."""
 
     file: Path
     offset: int
     kind: str
     dtype: np.dtype | None
     shape: tuple[int, ...]
+    scales: "Tensor | None" = None
 
 
 class Tensors:
@@ -50,6 +54,7 @@ class Tensors:
         self._open: dict[Path, int] = {}
         for file, names in _files(Path(folder)):
             self.found.update(read_header(file, names))
+        self.found = mxfp4.joined(self.found)
 
     def __enter__(self) -> "Tensors":
         return self
@@ -60,7 +65,8 @@ class Tensors:
 
     def open(self) -> None:
         """Opens all files, so that threads may read."""
-        for file in {tensor.file for tensor in self.found.values()} - set(self._open):
+        parts = [part for tensor in self.found.values() for part in (tensor, tensor.scales) if part]
+        for file in {part.file for part in parts} - set(self._open):
             self._open[file] = os.open(file, os.O_RDONLY)
 
     def scatter(self, name: str, targets: list[tuple[Box, np.ndarray]]) -> None:
@@ -77,11 +83,23 @@ class Tensors:
             stop = start + len(piece)
             wanted = [(box, array) for box, array in targets if box[0].start < stop and box[0].stop > start]
             if wanted:
-                self._read(tensor, start * row_bytes, piece)
+                piece = self._rows(tensor, start, piece)
             for (rows, *rest), array in wanted:
                 for row in range(max(rows.start, start), min(rows.stop, stop), tile):
                     end = min(row + tile, rows.stop, stop)
                     _move(piece[row - start:end - start, *rest], array[row - rows.start:end - rows.start])
+
+    def _rows(self, tensor: Tensor, start: int, buffer: np.ndarray) -> np.ndarray:
+        """As many rows of a tensor from `start` on as the buffer has; in it, where they are stored as what they are."""
+        if tensor.scales is None:
+            self._read(tensor, start * buffer[0].nbytes, buffer)
+            return buffer
+        _, inputs, outputs = tensor.shape
+        scales = np.empty((len(buffer), outputs, inputs // mxfp4.BLOCK), np.uint8)
+        blocks = np.empty((*scales.shape, mxfp4.BLOCK // 2), np.uint8)
+        for part, rows in ((tensor, blocks), (tensor.scales, scales)):
+            self._read(part, start * rows[0].nbytes, rows)
+        return mxfp4.decoded(blocks, scales)
 
     def same(self, name: str, other: str) -> bool:
         """Whether two tensors are of one shape, one kind of number, and equal byte for byte."""
