@@ -34,6 +34,10 @@ INERT = {"add_cross_attention": (False,), "cross_attention_hidden_size": (None,)
          "quantization_config": (None,), "rope_interleaved": (False,), "tie_encoder_decoder": (False,),
          "use_mrope": (False,)}
 
+# What there is to say of a field that was not read, beyond that it is not understood.
+UNREAD = {"quantization_config": "is not supported: of quantised weights only gpt-oss's MXFP4 is read; cast others to "
+                                 "bfloat16 first"}
+
 _MISSING = object()
 
 
@@ -125,7 +129,8 @@ class Fields:
 
     def all_unread(self) -> list[str]:
         """Every field, here and inside, that was not read and is not known to be harmless."""
-        unread = [f"{self.where}{name} = {_short(value)} is not understood" for name, value in self.values.items()
+        unread = [f"{self.where}{name} = {_short(value)} {UNREAD.get(name, 'is not understood')}"
+                  for name, value in self.values.items()
                   if name not in self.used and name not in HARMLESS and value not in INERT.get(name, ())]
         return unread + [line for f in self.inner.values() for line in f.all_unread()]
 

@@ -89,15 +89,16 @@ def has_own_head(tensors: Tensors, family: Family) -> bool:
     return table is not None and head is not None and not tensors.same(table, head)
 
 
-def compare(wanted: dict[str, Stored], tensors: Tensors, family: Family, tied: bool) -> dict[str, str]:
+def compare(wanted: dict[str, Stored], tensors: Tensors, family: Family, config) -> dict[str, str]:
     """{name in `wanted`: name in the folder}, without those of `family.zeros` that are not there.
 
-    Args: tied: whether the head is the embedding, which may then be there under either name, or both.
+    Args: config: the model's; if it is tied, the embedding may be there under its name, the head's, or both.
     Raises: ValueError listing tensors that are missing, not expected, misshapen, or no floating-point numbers.
     """
     names, lines = {}, []
-    table, copies = family.outer["embed/table"], {find(name, tensors, family) for name in family.copies}
-    copies = sorted((copies | ({find(family.outer["head/weight"], tensors, family)} if tied else set())) - {None})
+    table, head = family.outer["embed/table"], family.outer["head/weight"]
+    copies = family.copies + ((head,) if config.tied else ())
+    copies = sorted({find(name, tensors, family) for name in copies} - {None})
     for name, stored in wanted.items():
         found = find(name, tensors, family) or (copies[0] if copies and name == table else None)
         if found is None and name in family.zeros:
@@ -112,7 +113,8 @@ def compare(wanted: dict[str, Stored], tensors: Tensors, family: Family, tied: b
     lines += [f"{name} differs from {names[table]}: a model has one embedding" for name in copies
               if names[table] in tensors.found and not tensors.same(name, names[table])]
     known = {*names.values(), *copies}
-    unneeded = lambda name: any(fnmatch.fnmatchcase(f".{name}", pattern) for pattern in BUFFERS + family.buffers)
+    buffers = BUFFERS + (family.buffers(config) if callable(family.buffers) else family.buffers)
+    unneeded = lambda name: any(fnmatch.fnmatchcase(f".{name}", pattern) for pattern in buffers)
     lines += [f"not expected: {name} {list(tensors.found[name].shape)}" for name in tensors.found
               if name not in known and not unneeded(name)]
     if lines:
