@@ -88,7 +88,7 @@ class Family:
         except Exception as error:  # whatever `write` stumbles over in a config of another form
             raise Unsayable([f"the whole is of another form ({error})"], FOREIGN) from error
         if differences := list(_differences(settled(config), settled(again))):
-            raise Unsayable(differences, len(differences))
+            raise Unsayable(differences, len(differences) if type(config) is type(again) else FOREIGN)
         return values
 
 

@@ -175,7 +175,8 @@ def test_a_bias_of_the_head_that_is_not_stored_is_zero(tmp_path):
 
 
 @pytest.mark.parametrize("name, model_type", [
-    ("pythia-nano", "gpt_neox"), ("bloom-nano", "bloom"), ("command-r7b-nano", "cohere2"), ("t5-nano", "t5")])
+    ("pythia-nano", "gpt_neox"), ("bloom-nano", "bloom"), ("command-r7b-nano", "cohere2"), ("t5-nano", "t5"),
+    ("mixture-of-experts-nano", "mixtral")])
 def test_models_of_the_zoo_are_exported(tmp_path, name, model_type):
     model = build(archlab.get_config(name))
     archlab.save(model, tmp_path, format="huggingface")

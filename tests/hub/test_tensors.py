@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 import archlab
 from archlab.hub import save
-from archlab.hub.layout import Apart, Fused, InputsFirst, Interleaved, expand, place, rules
+from archlab.hub.layout import Apart, Fused, InputsFirst, Interleaved, Joined, expand, place, rules
 from archlab.hub.tensors import Tensors, aligned
 from archlab.layers.weights import split
 from archlab.parallel.mesh import make_mesh
@@ -189,7 +189,7 @@ for folder in sys.argv[1:]:
     assert share < 0.2, share
 """
     flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    folders = [FIXTURES / name for name in ("llama", "llama-bias", "gpt2", "gpt_oss-full")]
+    folders = [FIXTURES / name for name in ("llama", "llama-bias", "gpt2", "gpt_oss-mxfp4", "dbrx")]
     done = subprocess.run([sys.executable, "-c", code, *folders], cwd=Path(__file__).parents[2], text=True,
                           capture_output=True, env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"})
     assert done.returncode == 0, done.stderr
@@ -254,6 +254,14 @@ def test_experts_that_share_a_tensor():
     in_turns = stored({"{gate,up}": Interleaved("both"), "{bias,more}": Interleaved("bias")}, p)
     np.testing.assert_array_equal(in_turns["both"], np.stack([gate, up], -1).reshape(3, 2, 8))
     np.testing.assert_array_equal(in_turns["bias"], np.stack([bias, more], -1).reshape(3, 8))
+
+
+def test_experts_one_below_another():
+    up, down = np.arange(24.0).reshape(3, 2, 4), np.arange(24.0).reshape(3, 4, 2)
+    p = {"up": nnx.Param(jnp.asarray(up), letters="ED->F"), "down": nnx.Param(jnp.asarray(down), letters="EF->D")}
+    found = stored({"{up,down}": Joined("experts.{v1,w2}")}, p)
+    np.testing.assert_array_equal(found["experts.v1"], np.concatenate([up[0].T, up[1].T, up[2].T]))
+    np.testing.assert_array_equal(found["experts.w2"], np.concatenate([down[0], down[1], down[2]]))
 
 
 def test_braces():

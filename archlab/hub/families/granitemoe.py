@@ -2,7 +2,8 @@
 
 from archlab.attention.attention import Attention
 from archlab.experts.routers import TopK
-from archlab.hub.decoders import ATTENTION, OUTER, PRE_NORMS, read_attention, read_decoder, write_attention, write_decoder
+from archlab.hub.decoders import (ATTENTION, OUTER, PRE_NORMS, read_attention, read_decoder, write_attention,
+                                  write_decoder)
 from archlab.hub.experts import read_moe, write_moe
 from archlab.hub.family import Blocks, Family, each
 from archlab.layers.mlp import MLP
@@ -29,7 +30,8 @@ def read(f, shared=0):
     norm, bias, scale = RMSNorm(f.take("rms_norm_eps")), f.take("attention_bias"), f.take("residual_multiplier")
     f.only("mlp_bias", False, default=False)
     attention = read_attention(f, bias=bias, out_bias=bias, scale=f.take("attention_multiplier"))
-    experts = read_moe(f, "num_local_experts", "intermediate_size", TopK(f.take("num_experts_per_tok"), renormalise=True))
+    router = TopK(f.take("num_experts_per_tok"), renormalise=True)
+    experts = read_moe(f, "num_local_experts", "intermediate_size", router)
     layer = Parallel(experts, MLP(shared, experts.activation, gated=True)) if shared else experts
     block = Sequence(Residual(attention, norm, scale=scale), Residual(layer, norm, scale=scale))
     return read_decoder(f, [block] * f.take("num_hidden_layers"), norm, logit_scale=1 / f.positive("logits_scaling"),

@@ -2,7 +2,8 @@
 
 from archlab.attention.attention import Attention
 from archlab.experts.routers import TopK
-from archlab.hub.decoders import ATTENTION, OUTER, PRE_NORMS, read_attention, read_decoder, write_attention, write_decoder
+from archlab.hub.decoders import (ATTENTION, OUTER, PRE_NORMS, read_attention, read_decoder, write_attention,
+                                  write_decoder)
 from archlab.hub.experts import read_moe, write_moe
 from archlab.hub.family import Blocks, Family, each
 from archlab.hub.forms import sequential
