@@ -30,5 +30,6 @@ def joined(found: dict) -> dict:
 
 def decoded(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
     """[E, inputs, outputs] in bfloat16 of bytes [E, outputs, inputs/32, 16] and [E, outputs, inputs/32]."""
-    numbers = PAIRS[blocks].reshape(*scales.shape, BLOCK) * POWERS[scales][..., None]
+    numbers = PAIRS[blocks].reshape(*scales.shape, BLOCK)
+    numbers *= POWERS[scales][..., None]
     return numbers.astype(ml_dtypes.bfloat16).reshape(*scales.shape[:2], -1).swapaxes(1, 2)
