@@ -122,7 +122,10 @@ class Model(nnx.Module):
         x, body, aux = self.body(x, tokens, None if state is None else state.body)
         hidden = x if self.norm is None else self.norm(x)
         if order is not None:
-            hidden = jnp.take_along_axis(hidden, jnp.argsort(order, axis=1)[:, :, None], 1)
+            back = jnp.argsort(order, axis=1)
+            hidden = jnp.take_along_axis(hidden, back[:, :, None], 1)
+            policies = {path: policy.take(back, segment_ids > 0) for path, policy in aux.policies.items()}
+            aux = dataclasses.replace(aux, policies=policies)
         if logits == "last":
             end = jnp.maximum(tokens.real.sum(1) - 1, 0)[:, None]
             end = end if order is None else jnp.take_along_axis(order, end, 1)

@@ -131,7 +131,7 @@ class MixtureOfRecursionsModule(Layer):
             x, inner, aux = self._recur(x, gate, chosen, slots, tokens.fold(r), inner)
             units.append(inner)
             updates.append(aux.updates)
-            said |= Aux(aux.losses, aux.traces).under(f"unit/{r}")
+            said |= Aux(aux.losses, aux.traces, policies=aux.policies).under(f"unit/{r}")
             gates.append(gate)
             active, depth = chosen, depth + chosen
 
@@ -151,7 +151,8 @@ class MixtureOfRecursionsModule(Layer):
         The chosen are gathered to the front in their order, so that a smaller share takes less time; the slots they
         leave empty are padding.
         """
-        index = jnp.argsort(~chosen, axis=1, stable=True)[:, :slots]
+        order = jnp.argsort(~chosen, axis=1, stable=True)
+        index = order[:, :slots]
         B, T = chosen.shape
 
         def take(a):
@@ -162,6 +163,10 @@ class MixtureOfRecursionsModule(Layer):
         gathered = dataclasses.replace(tokens, segments=jnp.where(here, take(tokens.segments), 0),
                                        positions=take(tokens.positions), provided=provided)
         y, state, aux = self.unit(take(x), gathered, state)
+        if aux.policies:
+            back = jnp.argsort(order, axis=1)
+            policies = {name: policy.take(back, chosen) for name, policy in aux.policies.items()}
+            aux = dataclasses.replace(aux, policies=policies)
         y = jnp.where(here[:, :, None], take(gate)[:, :, None].astype(y.dtype) * y, 0)
         return x.at[jnp.arange(B)[:, None], index].add(y, unique_indices=True), state, aux
 

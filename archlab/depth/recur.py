@@ -58,8 +58,8 @@ class Flow:
 
 
 class RecurModule(Layer):
-    """State: stacked over the steps where scanned, a tuple of n where unrolled. Losses and traces of the unit are
-    stacked over the steps; its updates, made n times to one set of variables, are summed."""
+    """State: stacked over the steps where scanned, a tuple of n where unrolled. Losses, traces and policies of the unit
+    are stacked over the steps; its updates, made n times to one set of variables, are summed."""
 
     def __init__(self, config: Recur, rngs: nnx.Rngs, at: Place):
         self.n, self.signal = config.n, config.signal
@@ -77,7 +77,8 @@ class RecurModule(Layer):
         start = None if self.halting is None else self.halting.start(x, tokens)
         run = self._scan if self.scanned else self._unroll
         end, state, said = run(Flow(x, start, tokens.provided), tokens, state)
-        aux = Aux(said.losses, said.traces, jax.tree.map(lambda steps: steps.sum(0), said.updates)).under("unit")
+        summed = jax.tree.map(lambda steps: steps.sum(0), said.updates)
+        aux = dataclasses.replace(said, updates=summed).under("unit")
         if self.halting is None:
             return end.x, state, aux
         return end.halting.output, state, aux | self.halting.said(end.halting, tokens).under("halting")
@@ -89,7 +90,7 @@ class RecurModule(Layer):
         tokens = tokens.provide(flow.provided).fold(i)
         after, state, aux = self.unit(before, tokens, state)
         provided = {**flow.provided, **aux.provides}
-        aux = dataclasses.replace(aux, provides={})
+        aux = aux.within()
         if self.halting is None:
             return Flow(after, None, provided), (state, aux)
         halting = self.halting.update(flow.halting, before, after)

@@ -81,6 +81,29 @@ class Tokens:
 
 
 @pytree
+class Policy:
+    """A decision that was drawn for each token, to be trained by REINFORCE (`training/reinforce.py`).
+
+    log_prob [B, T]: the log-probability of what was drawn, differentiable. cost [B, T]: what it spent, in nats.
+    weight: how strongly it is trained. discount: how much of each later token's loss counts. Over n copies all have
+    an axis [n] in front.
+    """
+
+    log_prob: Float[Array, "B T"]
+    cost: Float[Array, "B T"]
+    weight: Float[Array, ""]
+    discount: Float[Array, ""]
+
+    def take(self, index: Int[Array, "B S"], where: Bool[Array, "B S"]) -> "Policy":
+        """The policy of a row's tokens in the order of `index`; nothing was drawn or spent outside `where`."""
+        def pick(a):
+            places = jnp.broadcast_to(jnp.minimum(index, a.shape[-1] - 1), (*a.shape[:-1], index.shape[-1]))
+            return jnp.where(where, jnp.take_along_axis(a, places, -1), 0)
+
+        return dataclasses.replace(self, log_prob=pick(self.log_prob), cost=pick(self.cost))
+
+
+@pytree
 class Aux:
     """What a layer says besides its output; keys are paths of module attributes, joined by "/".
 
@@ -88,21 +111,27 @@ class Aux:
     traces: arrays to look at (expert load, routed depth, step size).
     updates: changes to the module's own variables that no gradient makes; the key names the variable.
     provides: values for later layers, by name; the enclosing `Sequence` or `Recur` hands them on and drops them.
+    policies: decisions that were drawn, in the training form.
     """
 
     losses: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
     traces: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
     updates: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
     provides: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+    policies: dict[str, Policy] = dataclasses.field(default_factory=dict)
 
     def under(self, name: str) -> "Aux":
         """The same with `name/` put before every key (published names are flat)."""
         put = lambda d: {f"{name}/{key}": value for key, value in d.items()}
-        return Aux(put(self.losses), put(self.traces), put(self.updates), self.provides)
+        return Aux(put(self.losses), put(self.traces), put(self.updates), self.provides, put(self.policies))
+
+    def within(self) -> "Aux":
+        """The same without published values: what a layer that has handed them on says itself."""
+        return dataclasses.replace(self, provides={})
 
     def __or__(self, other: "Aux") -> "Aux":
         return Aux(self.losses | other.losses, self.traces | other.traces, self.updates | other.updates,
-                   self.provides | other.provides)
+                   self.provides | other.provides, self.policies | other.policies)
 
     def loss(self) -> jax.Array:
         """The sum of all losses, float32 scalar."""

@@ -13,7 +13,7 @@ from flax import nnx
 
 from archlab.layers.alphabet import COPIES, dims, inputs, is_matrix, parameter, parameters_of, reuse
 from archlab.layers.config import LayerConfig, require
-from archlab.layers.contract import Aux, Layer, Place, Tokens
+from archlab.layers.contract import Layer, Place, Tokens
 from archlab.layers.sequence import Sequence
 
 
@@ -71,7 +71,7 @@ class RepeatModule(Layer):
     def __call__(self, x, tokens: Tokens, state=None):
         run = self._scan if self.scanned else self._unroll
         x, state, aux = run(x, tokens, state)
-        return x, state, Aux(aux.losses, aux.traces, aux.updates).under("unit")
+        return x, state, aux.within().under("unit")
 
     def _unroll(self, x, tokens, state):
         states, said = [], []

@@ -36,7 +36,7 @@ class SequenceModule(Layer):
         for i, layer in enumerate(self.layers):
             x, new, said = layer(x, tokens.fold(i), None if state is None else state[i])
             tokens = tokens.provide(said.provides)
-            aux |= Aux(said.losses, said.traces, said.updates).under(f"layers/{i}")
+            aux |= said.within().under(f"layers/{i}")
             states.append(new)
         return x, None if state is None else tuple(states), aux
 

@@ -52,5 +52,8 @@ def run(model: Model, batch: Batch, training: Training | None = None) -> Output:
     memory, said = None, Aux()
     if batch.source is not None:
         memory, said = model.encode(batch.source, batch.source_segments, training)
+        if said.policies:
+            raise ValueError(f"REINFORCE judges a decision by its own token's loss, and an encoder's tokens have none: "
+                             f"{sorted(said.policies)}")
     out = model(batch.ids, segment_ids=batch.segments, training=training or False, logits="none", memory=memory)
     return out._replace(aux=said | out.aux)

@@ -16,6 +16,7 @@ from archlab.layers.weights import merge, split
 from archlab.model import LanguageModel, Model
 from archlab.parallel.mesh import optimizer_shardings, parameter_shardings
 from archlab.training.objectives import prepare, run
+from archlab.training.reinforce import surrogate
 
 WATCHED = ("load", "largest_logit")  # traces of layers with experts that a step hands out
 HIDING = 2**31 - 1  # what is folded into a step's key to draw what is hidden; micro-batches fold in their number
@@ -71,10 +72,12 @@ def make_train_step(structure: nnx.GraphDef, transform: optax.GradientTransforma
     def loss_of(params, rest, batch: Batch, training: Training, count):
         model = merge(structure, params, rest)
         out = run(model, batch, training)
-        nll = jnp.sum(model.losses(out.hidden, batch.targets) * batch.weights) / count
+        nats = model.losses(out.hidden, batch.targets)
+        nll = jnp.sum(nats * batch.weights) / count
+        drawn = surrogate(nats, batch.weights, batch.segments, out.aux.policies) / count
         watched = {path: value for path, value in out.aux.traces.items() if path.split("/")[-1] in WATCHED}
         aux, updates, traces = jax.tree.map(lambda x: x / accumulate, (out.aux.losses, out.aux.updates, watched))
-        return nll + sum(map(jnp.sum, aux.values())), (nll, jax.tree.map(jnp.sum, aux), updates, traces)
+        return nll + drawn + sum(map(jnp.sum, aux.values())), (nll, jax.tree.map(jnp.sum, aux), updates, traces)
 
     def micro_batches(batch: Batch) -> Batch:  # every n-th row, so that rows spread over a mesh stay where they are
         cut = lambda a: a.reshape(a.shape[0] // accumulate, accumulate, *a.shape[1:]).swapaxes(0, 1)
