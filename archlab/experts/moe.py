@@ -18,6 +18,7 @@ from archlab.layers.alphabet import parameter
 from archlab.layers.config import LayerConfig, require
 from archlab.layers.contract import Aux, Layer, Place, Tokens
 from archlab.layers.mlp import ClippedSwiGLU, check_activation, residual_scale
+from archlab.layers.sharding import per_shard
 
 
 class MoE(LayerConfig):
@@ -47,6 +48,8 @@ class MoE(LayerConfig):
         self.router.check(self.experts)
         require(self.capacity is None or isinstance(self.capacity, Capacity), self, "capacity",
                 "must be Capacity(factor), or None to drop nothing")
+        require(self.capacity is None or not self.router.looks_ahead, self, "capacity",
+                f"{type(self.router).__name__} bounds by itself what an expert takes: leave it None")
         require(all(isinstance(b, Balance) for b in self.balance), self, "balance",
                 "must be a tuple of losses, such as (SwitchLoss(),)")
         names = [b.name for b in self.balance]
@@ -63,8 +66,8 @@ class MoE(LayerConfig):
 class MoEModule(Layer):
     """Weights: those of the router; up and gate [E, D, F], down [E, F, D], and their biases [E, F] and [E, D].
 
-    Losses: by the names of `config.balance`. Traces: those of `routing_traces`, and dropped, the share of choices that
-    found no room.
+    Losses: by the names of `config.balance`. Traces: those of `routing_traces`; dropped, the share of choices that found
+    no room; and where there is a capacity kept [B, T, k], who took each choice in the end, -1 for nobody.
     """
 
     def __init__(self, config: MoE, rngs: nnx.Rngs, at: Place):
@@ -83,11 +86,12 @@ class MoEModule(Layer):
     def __call__(self, x, tokens: Tokens, state=None):
         config, real, E = self.config, tokens.real, self.config.experts
         routing = self.router(x, tokens)
-        experts, weights, capacity = jnp.where(real[..., None], routing.experts, E), routing.weights, None
-        kept, shape = experts, x.shape  # E: padding goes to nobody
+        experts, weights, capacity = jnp.where(real[..., None], routing.experts, E), routing.weights, routing.room
+        kept, shape, traces = experts, x.shape, routing_traces(routing, real)  # E: padding goes to nobody
         if tokens.training is not None and config.capacity is not None:
             asked, kept, capacity = self._fit(experts, routing.gates, real)
             weights = weights if not config.capacity.reroute else config.router.weigh(routing.gates, asked)
+            traces["kept"] = jnp.where(kept < E, kept, -1)
             join = lambda a: a.reshape(-1, config.capacity.rows * a.shape[1], a.shape[2])
             x, kept, weights = join(x), join(kept), join(weights)
         if config.scale_input:
@@ -98,9 +102,9 @@ class MoEModule(Layer):
             y = run_experts(x, kept, weights, self.weights(), capacity).reshape(shape)
 
         losses = {loss.name: loss.weight * loss(routing, real) for loss in config.balance}
-        dropped = 1 - (kept < E).sum() / jnp.maximum((experts < E).sum(), 1)
-        traces = routing_traces(routing, real) | {"dropped": dropped}
-        return y, None, routing.aux.under("router") | Aux(losses, traces)
+        wanted = (experts < E).sum()
+        dropped = (wanted - (kept < E).sum()) / jnp.maximum(wanted, 1)
+        return y, None, routing.aux.under("router") | Aux(losses, traces | {"dropped": dropped})
 
     def weights(self) -> Experts:
         """The experts' weights as arrays."""
@@ -117,7 +121,8 @@ class MoEModule(Layer):
                              "there are several)")
         room = capacity.room(k, self.config.experts, rows * T)
         join = lambda a: a.reshape(B // rows, rows * T, *a.shape[2:])
-        asked, kept = capacity.fit(join(experts), join(gates), jnp.asarray(room)[join(real).sum(1)])
+        fit = per_shard(capacity.fit, "BT. BT. B", "BT. BT.")  # as routers choose
+        asked, kept = fit(join(experts), join(gates), jnp.asarray(room)[join(real).sum(1)])
         return asked.reshape(B, T, k), kept.reshape(B, T, k), int(room[-1])
 
 

@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int
 from archlab.layers.alphabet import Steered, parameter, project
 from archlab.layers.config import Config, near, require
 from archlab.layers.contract import Aux, Place, Tokens, pytree, wide
+from archlab.layers.sharding import per_shard
 
 SCORES = {"softmax": lambda logits: jax.nn.softmax(logits, axis=-1), "sigmoid": jax.nn.sigmoid}
 
@@ -34,7 +35,8 @@ class Routing:
     experts [B, T, k]: the chosen, best first. weights [B, T, k]: of their outputs. gates [B, T, E]: what the weight of
     each expert would be made of. probs [B, T, E]: sum to 1; the balance of these and of the choices is judged.
     logits [B, T, E]. chances [B, T, E]: how likely each expert was to be chosen, where there is noise (`NoisyTopK`).
-    aux: what the router itself has to say.
+    room: what an expert takes of a row at most, where the router itself bounds it (`ExpertChoice`). aux: what the
+    router itself has to say.
     """
 
     experts: Int[Array, "B T k"]
@@ -43,14 +45,17 @@ class Routing:
     probs: Float[Array, "B T E"]
     logits: Float[Array, "B T E"]
     chances: Float[Array, "B T E"] | None = None
+    room: int | None = dataclasses.field(default=None, metadata={"static": True})
     aux: Aux = dataclasses.field(default_factory=Aux)
 
 
 class Router(Config):
     """Base of all routers. A subclass says `k`, the most experts that a token goes to, and builds its module, which
-    gives a `Routing` for a stream [B, T, D] and its tokens. noisy: whether the `Routing` knows `chances`."""
+    gives a `Routing` for a stream [B, T, D] and its tokens. noisy: whether the `Routing` knows `chances`. looks_ahead:
+    whether in the training form experts choose among all tokens of a row, up to a `room`."""
 
     noisy = False
+    looks_ahead = False
 
     def build(self, rngs: nnx.Rngs, at: Place, experts: int, scale: float) -> nnx.Module:
         """The module. scale: multiplies the default standard deviation of its weights."""
@@ -135,11 +140,13 @@ class TopK(Router):
         merit = logits if balance is None and self.groups is None else gates
         if balance is not None:
             merit = merit + jax.lax.stop_gradient(balance)
-        if self.groups is not None:
-            merit = self.groups.limit(merit)
-        _, experts = jax.lax.top_k(merit, self.k)
+        # per shard: left to the compiler, a sort gathers all rows of the batch on every device
+        experts = per_shard(self._best, "BT.", "BT.")(merit)
         probs = gates if self.score == "softmax" else gates / (gates.sum(-1, keepdims=True) + 1e-20)
         return Routing(experts, self.weigh(gates, experts), gates, probs, logits)
+
+    def _best(self, merit):
+        return jax.lax.top_k(merit if self.groups is None else self.groups.limit(merit), self.k)[1]
 
     def weigh(self, gates, experts):
         weights = pick(gates, experts)
@@ -189,6 +196,12 @@ def pick(values: Float[Array, "B T E"], experts: Int[Array, "B T k"]) -> Float[A
     """Each token's values at its experts; 0 for nobody's."""
     E = values.shape[-1]
     return jnp.where(experts < E, jnp.take_along_axis(values, jnp.minimum(experts, E - 1), axis=-1), 0)
+
+
+def largest(values: Float[Array, "B T N"], k: int) -> tuple[Float[Array, "B T k"], Int[Array, "B T k"]]:
+    """The `k` largest along the last axis, and where they stand. Every device sorts its own rows: left to the compiler,
+    a sort gathers all rows of the batch on every device."""
+    return per_shard(lambda values: tuple(jax.lax.top_k(values, k)), "BT.", "BT. BT.")(values)
 
 
 def choices_of(experts: Int[Array, "B T k"], real, count: int) -> Int[Array, "E"]:
