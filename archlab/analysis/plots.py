@@ -129,6 +129,27 @@ def matrix(values: np.ndarray, title: str, x_label: str, y_label: str, unit: str
 
 
 @styled
+def intervals(groups: Mapping[str, Sequence[tuple[str, Sequence[float], float]]], x_label: str) -> Figure:
+    """Groups of arms under one another, each with axes of its own: (name, value of each run, half of the interval
+    around their mean)."""
+    heights = [len(arms) + 1.2 for arms in groups.values()]
+    fig = Figure((STYLE["figure.figsize"][0] + 1, 0.27 * sum(heights) + 0.5), layout="constrained")
+    FigureCanvasAgg(fig)
+    for ax, (title, arms) in zip(np.atleast_1d(fig.subplots(len(groups), 1, height_ratios=heights)), groups.items()):
+        for place, (_, values, half) in enumerate(arms):
+            mean = float(np.mean(values))
+            if np.isfinite(mean):
+                ax.plot([mean - half, mean + half], [place, place], color=HOT, alpha=0.35, linewidth=5)
+                ax.plot(values, [place] * len(values), "o", color=INK, markersize=3, alpha=0.7)
+                ax.plot([mean], [place], "|", color=HOT, markersize=11, markeredgewidth=2)
+        ax.set(title=title, ylim=(len(arms) - 0.5, -0.5))
+        ax.set_yticks(range(len(arms)), [name for name, _, _ in arms])
+        ax.grid(False, axis="y")
+    ax.set_xlabel(x_label)
+    return fig
+
+
+@styled
 def save(figure: Figure, path: str | Path) -> Path:
     """Writes a .png or .svg."""
     figure.savefig(path)
