@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from archlab.experts.balance import SwitchLoss
 from archlab.experts.hierarchical import Hierarchical, balance_within
 from archlab.experts.moe import MoE
 from archlab.experts.routers import Groups, TopK
@@ -28,7 +29,7 @@ def level(rule, logits):
 
 @pytest.mark.parametrize("outer, inner", [
     (TopK(2, renormalise=True), TopK(2, renormalise=True)), (TopK(1), TopK(3)),
-    (TopK(2, "sigmoid", scale=2.0), TopK(2, "sigmoid", True, 1.5)), (TopK(3), TopK(1, "sigmoid"))], ids=str)
+    (TopK(2, "sigmoid", scale=2.0), TopK(2, "sigmoid", True, 1.5))], ids=str)
 def test_against_a_slow_loop(float64, outer, inner):
     config = Hierarchical(G, outer, inner, balance=(0.5, 0.25))
     module = cast(config.build(nnx.Rngs(0), Place(D), G * M, 1.0), jnp.float64)
@@ -66,15 +67,15 @@ def test_balance_closed_forms():
     """Even: 1 on both levels. All in one group, evenly: G and 1. Evenly over groups, one expert in each: 1 and M."""
     rule, real = Hierarchical(G, TopK(1), TopK(1)), jnp.ones((1, G * M), bool)
 
+    @jax.jit
     def costs(groups, logits):
         _, outer, inner = rule(groups, logits)
-        switch = G * (np.bincount(outer.experts.reshape(-1), minlength=G) / (G * M) * outer.probs[0].mean(0)).sum()
-        return [float(switch), float(balance_within(outer, inner, real))]
+        return jnp.stack([SwitchLoss()(outer, real), balance_within(outer, inner, real)])
 
     every_group = 100.0 * jnp.repeat(jnp.eye(G), M, axis=0)[None]
     every_expert = 100.0 * jnp.tile(jnp.eye(M), (G, G))[None]
-    one_group, one_expert = jnp.zeros((1, G * M, G)).at[..., 1].set(100.0), jnp.zeros((1, G * M, G, M)).at[
-        ..., 2].set(100.0).reshape(1, G * M, G * M)
+    one_group = jnp.broadcast_to(100.0 * jnp.eye(G)[1], (1, G * M, G))
+    one_expert = jnp.broadcast_to(100.0 * jnp.tile(jnp.eye(M)[2], G), (1, G * M, G * M))
     np.testing.assert_allclose(costs(every_group, every_expert), [1, 1], rtol=1e-5)
     np.testing.assert_allclose(costs(one_group, every_expert), [G, 1], rtol=1e-5)
     np.testing.assert_allclose(costs(every_group, one_expert), [1, M], rtol=1e-5)
@@ -86,7 +87,7 @@ def test_one_group_is_one_level():
     for outer, inner, groups in [(TopK(1), TopK(2, renormalise=True), 1), (TopK(2, renormalise=True), TopK(1), 6)]:
         zeros = jnp.zeros((2, 5, 1 if groups == 1 else 6))
         args = (zeros, logits) if groups == 1 else (logits, zeros)
-        routing, plain = Hierarchical(groups, outer, inner)(*args)[0], TopK(2, renormalise=True)(logits)
+        routing, plain = jax.jit(Hierarchical(groups, outer, inner))(*args)[0], TopK(2, renormalise=True)(logits)
         np.testing.assert_array_equal(routing.experts, plain.experts)
         np.testing.assert_allclose(routing.weights, plain.weights, rtol=1e-6)
 
@@ -106,6 +107,7 @@ def test_bad_fields(fields, named):
 
 def test_all_groups_are_found():
     """The numbering of experts: group g's are g M to g M + M - 1."""
+    rule = jax.jit(Hierarchical(G, TopK(1), TopK(1)))
     for g, e in itertools.product(range(G), range(M)):
         groups, logits = jnp.zeros((1, 1, G)).at[..., g].set(5.0), jnp.zeros((1, 1, G * M)).at[..., g * M + e].set(5.0)
-        assert Hierarchical(G, TopK(1), TopK(1))(groups, logits)[0].experts.item() == g * M + e
+        assert rule(groups, logits)[0].experts.item() == g * M + e
