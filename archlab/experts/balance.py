@@ -106,7 +106,8 @@ def routing_traces(routing: Routing, real: Bool[Array, "B T"]) -> dict[str, jax.
 
     load [E]: share of the choices. max_violation: max(load) / mean(load) - 1, 0 for perfect balance
     (arXiv:2408.15664). entropy: mean entropy in nats of a token's probabilities, low for a decided router;
-    mean_entropy: entropy of their mean, log E for a balanced one. choices [B, T, k]: the experts, -1 for nobody.
+    mean_entropy: entropy of their mean, log E for a balanced one. choices [B, T, k]: the experts, -1 for nobody;
+    weights [B, T, k].
     largest_logit: the largest in absolute value; NaN where any is.
     """
     E = routing.probs.shape[-1]
@@ -117,6 +118,7 @@ def routing_traces(routing: Routing, real: Bool[Array, "B T"]) -> dict[str, jax.
     return {"load": load, "max_violation": load.max() * E - 1,
             "entropy": jnp.where(real, entropy(routing.probs), 0).sum() / count(real), "mean_entropy": entropy(mean),
             "choices": jnp.where(real[..., None] & (routing.experts < E), routing.experts, -1),
+            "weights": jnp.where(real[..., None], routing.weights, 0),
             "largest_logit": jnp.where(real[..., None], jnp.abs(routing.logits), 0).max()}
 
 

@@ -108,8 +108,8 @@ def test_padding_changes_nothing(float64):
     def run(module, x, segments):
         y, _, aux = module(x, tokens_of(segments, TRAINING))
         y = jnp.where(segments[..., None] > 0, y, 0)[:B, :T]
-        choices = aux.traces.pop("choices")[:B, :T]
-        return jnp.sum(y * jnp.cos(jnp.arange(y.size)).reshape(y.shape)) + aux.loss(), (y, choices, aux)
+        per_token = [aux.traces.pop(name)[:B, :T] for name in ("choices", "weights", "kept")]
+        return jnp.sum(y * jnp.cos(jnp.arange(y.size)).reshape(y.shape)) + aux.loss(), (y, per_token, aux)
 
     step = jax.jit(jax.value_and_grad(run, has_aux=True))
     chex.assert_trees_all_close(step(module, padded, longer), step(module, x, SEGMENTS), rtol=1e-9, atol=1e-12)
