@@ -31,7 +31,8 @@ ROWS = 256  # texts over which a pass is counted: what experts' rows round up to
 class Parameters:
     """Numbers of weights. Each weight is stored once and counts once, however often it is used.
 
-    total: all, those too that no gradient moves but are part of a checkpoint (a router's balance). active: those that one token meets, on average: top_k of E experts, all of a shared or recurrent unit.
+    total: all, those too that no gradient moves but are part of a checkpoint (a router's balance). active: those that
+    one token meets, on average: top_k of E experts, all of a shared or recurrent unit.
     applied: weights times how often a token passes through them: what 2N and 6N mean where weights are used again.
     embedding, active_body: total = embedding + body; embedding is every table over the vocabulary, tied, untied or
     look-up only; active_body is what is active of the body, by which architectures are matched. active_computing:

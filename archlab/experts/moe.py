@@ -66,8 +66,8 @@ class MoE(LayerConfig):
 class MoEModule(Layer):
     """Weights: those of the router; up and gate [E, D, F], down [E, F, D], and their biases [E, F] and [E, D].
 
-    Losses: by the names of `config.balance`. Traces: those of `routing_traces`; dropped, the share of choices that found
-    no room; and where there is a capacity kept [B, T, k], who took each choice in the end, -1 for nobody.
+    Losses: by the names of `config.balance`. Traces: those of `routing_traces`; dropped, the share of choices that
+    found no room; and where there is a capacity kept [B, T, k], who took each choice in the end, -1 for nobody.
     """
 
     def __init__(self, config: MoE, rngs: nnx.Rngs, at: Place):

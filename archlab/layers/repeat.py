@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from archlab.layers.alphabet import COPIES, dims, inputs, is_matrix, parameter, parameters_of, reuse
+from archlab.layers.alphabet import COPIES, dims, inputs, is_matrix, parameter, parameters_of, reuse, variables_of
 from archlab.layers.config import LayerConfig, require
 from archlab.layers.contract import Layer, Place, Tokens
 from archlab.layers.sequence import Sequence
@@ -71,6 +71,8 @@ class RepeatModule(Layer):
     def __call__(self, x, tokens: Tokens, state=None):
         run = self._scan if self.scanned else self._unroll
         x, state, aux = run(x, tokens, state)
+        for path in _shared_paths(self.unit) & set(aux.updates):  # all copies say what one variable shall do
+            aux.updates[path] = aux.updates[path].sum(0)
         return x, state, aux.within().under("unit")
 
     def _unroll(self, x, tokens, state):
@@ -205,6 +207,10 @@ def _matrix_shape(weight: nnx.Param) -> tuple[int, int]:
 
 def _is_shared(path, variable) -> bool:
     return variable.get_metadata().get("shared", False)
+
+
+def _shared_paths(unit) -> set[str]:
+    return {path for path, variable in variables_of(unit).items() if _is_shared(path, variable)}
 
 
 def _split(unit):

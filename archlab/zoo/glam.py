@@ -20,7 +20,8 @@ from archlab.model import LanguageModel
 
 
 def glam(width, layers, heads, head_size, hidden, experts=64, vocab=32000) -> LanguageModel:
-    attend = Sequence(RelativeBias(heads), Residual(Attention(heads, head_size=head_size, positions=RelativePositions())))
+    attention = Attention(heads, head_size=head_size, positions=RelativePositions())
+    attend = Sequence(RelativeBias(heads), Residual(attention))
     sparse = MoE(experts, hidden, SecondByChance(), Capacity(1.0, order="choice"), (SwitchLoss(first=1),), "gelu",
                  gated=False)
     pair = Sequence(attend, Residual(GeGLU(hidden)), attend, Residual(sparse))

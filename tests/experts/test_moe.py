@@ -16,6 +16,8 @@ from archlab.experts.routers import TopK
 from archlab.layers.alphabet import parameters_of
 from archlab.layers.contract import Place, Training
 from archlab.layers.mlp import ClippedSwiGLU
+from archlab.layers.repeat import Repeat, Shared
+from archlab.layers.residual import Residual
 from archlab.training.step import move
 from tests.helpers import cast, tokens_of
 
@@ -205,6 +207,17 @@ def test_the_balance_bias_learns_from_the_load(float64):
     assert loads[0] > 2 and np.mean(loads[-5:]) < 1
     steps = rest["router/balance"] / 0.02
     np.testing.assert_allclose(steps, jnp.round(steps), atol=1e-4)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_shared_experts_have_one_balance(scan):
+    """Weight-tied depth: the copies' loads are summed into the update of the one bias."""
+    config = Repeat(Shared(Residual(MoE(E, F, TopK(1, balance_rate=0.1)))), 3, scan)
+    _, _, aux = config.build(nnx.Rngs(0), Place(D))(stream(), tokens_of(SEGMENTS, TRAINING))
+    (update,) = aux.updates.values()
+    (load,) = (value for path, value in aux.traces.items() if path.endswith("/load"))
+    chosen = load.sum(0) * (SEGMENTS > 0).sum()
+    np.testing.assert_allclose(update, chosen.mean() - chosen, rtol=1e-5)
 
 
 def test_letters():

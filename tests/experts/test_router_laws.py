@@ -13,7 +13,6 @@ import pytest
 from archlab.attention.attention import Attention
 from archlab.experts.balance import ImportanceLoss, LoadLoss, SwitchLoss, ZLoss
 from archlab.experts.capacity import Capacity
-from archlab.experts.expert_choice import ExpertChoice
 from archlab.experts.gshard import SecondByChance
 from archlab.experts.hierarchical import Hierarchical
 from archlab.experts.mixture_of_routers import MixtureOfRouters
@@ -34,7 +33,6 @@ CASES = {
     "gshard": dict(router=SecondByChance(), balance=(SwitchLoss(first=1),), capacity=Capacity(0.7, order="choice")),
     "sampled": dict(router=Sampled(2, Reinforce())),
     "random": dict(router=RandomRouter(2), capacity=Capacity(0.7, reroute=1)),
-    "expert choice": dict(router=ExpertChoice(1.5), balance=(ZLoss(),)),
     "hierarchical": dict(router=Hierarchical(3), balance=(ZLoss(),), capacity=Capacity(0.7, reroute=1)),
     "mixture": dict(router=MixtureOfRouters((6, 4, 2), skip=True, price=0.1, reinforce=Reinforce()),
                     capacity=Capacity(0.7)),
