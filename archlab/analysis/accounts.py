@@ -19,6 +19,7 @@ from flax import nnx
 
 from archlab.analysis.flops import Flops, count
 from archlab.encoder_decoder import EncoderDecoder
+from archlab.experts.dispatch import exactly
 from archlab.layers.alphabet import lettered, parameters_of
 from archlab.layers.contract import Training
 from archlab.model import LanguageModel
@@ -102,13 +103,11 @@ def profile(config: LanguageModel | str, context: int = 4096, batch: int = 1) ->
     ids = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
     training = Training(jax.eval_shape(lambda: jax.random.key(0)), jax.ShapeDtypeStruct((), jnp.int32))
     texts, tokens = ids(ROWS, context), ROWS * context
-    return Profile(
-        context, batch, _parameters(model),
-        forward=count(lambda m, i: _run(m, i).logits, model, texts) / tokens,
-        training=count(lambda m, i, t: _run(m, i, t).logits, model, texts, training) * 3 / tokens,
-        decode=count(lambda m, i, s: m(i, state=s).logits, model, ids(1, 1), state),
-        state_bytes=state_bytes(config, context, batch),
-    )
+    with exactly():
+        forward = count(lambda m, i: _run(m, i).logits, model, texts) / tokens
+        trained = count(lambda m, i, t: _run(m, i, t).logits, model, texts, training) * 3 / tokens
+        decode = count(lambda m, i, s: m(i, state=s).logits, model, ids(1, 1), state)
+    return Profile(context, batch, _parameters(model), forward, trained, decode, state_bytes(config, context, batch))
 
 
 def count_parameters(config: LanguageModel) -> Parameters:

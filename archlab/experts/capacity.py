@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from archlab.experts.dispatch import Experts, einsum, plan, rank_in_group, through
+from archlab.experts.dispatch import plan, rank_in_group, through
 from archlab.layers.config import Config, near, require
 
 ORDERS = ("time", "choice", "priority")
@@ -109,8 +109,3 @@ def with_capacity(x: Float[Array, "B T D"], experts: Int[Array, "B T k"], weight
     buffer = lambda x: compute(x.reshape(count, B * capacity, D)).reshape(R, D)
     y = through(plan(rows, R), x.reshape(-1, D), weights.reshape(-1, k), buffer)
     return y.reshape(x.shape)
-
-
-def each_expert(buffer: Float[Array, "E R D"], params: Experts) -> Float[Array, "E R D"]:
-    """Every expert on rows of its own."""
-    return params(buffer, lambda x, w: einsum("erd,edf->erf", x, w), lambda bias: bias[:, None])

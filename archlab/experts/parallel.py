@@ -26,8 +26,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from archlab.experts.capacity import each_expert, with_capacity
-from archlab.experts.dispatch import Experts, dropless, plan, rank_in_group, through
+from archlab.experts.capacity import with_capacity
+from archlab.experts.dispatch import Experts, dropless, each_expert, plan, rank_in_group, through
 from archlab.layers.alphabet import MESH_AXES
 from archlab.layers.sharding import free_axes, partition
 

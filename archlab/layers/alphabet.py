@@ -106,11 +106,11 @@ def project(x: jax.Array, weight: nnx.Param, spec: str) -> jax.Array:
     """
     if jax.default_backend() == "cpu" and weight.size >= LARGE and x.size % PARTS == 0 and _is_vector(x, spec):
         return _vector_product(x, weight[...].astype(x.dtype), spec)
-    return _product(x, weight[...], spec)
+    return multiply(x, weight[...], spec)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _product(x: jax.Array, weight: jax.Array, spec: str) -> jax.Array:
+def multiply(x: jax.Array, weight: jax.Array, spec: str) -> jax.Array:
     """The product itself. Its gradients are written out, because JAX's rule gives that of the weight transposed, and
     XLA's CPU compiler then writes a transposed copy of `dy`: an MLP's forward and backward pass is 1.5 times as fast.
     They come in the weight's own precision.
@@ -118,11 +118,11 @@ def _product(x: jax.Array, weight: jax.Array, spec: str) -> jax.Array:
     return _einsum(spec, x, weight.astype(x.dtype)).astype(x.dtype)
 
 
-def _product_forward(x, weight, spec):
-    return _product(x, weight, spec), (x, weight)
+def _multiply_forward(x, weight, spec):
+    return multiply(x, weight, spec), (x, weight)
 
 
-def _product_backward(spec, saved, dy):
+def _multiply_backward(spec, saved, dy):
     x, weight = saved
     x_letters, weight_letters, y_letters = spec.replace("->", ",").split(",")
     dx = _einsum(f"{y_letters},{weight_letters}->{x_letters}", dy, weight.astype(x.dtype))
@@ -130,7 +130,7 @@ def _product_backward(spec, saved, dy):
     return dx.astype(x.dtype), dweight.astype(weight.dtype)
 
 
-_product.defvjp(_product_forward, _product_backward)
+multiply.defvjp(_multiply_forward, _multiply_backward)
 
 
 def _einsum(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:

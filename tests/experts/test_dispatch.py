@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from archlab.experts.capacity import Capacity
-from archlab.experts.dispatch import Experts, dense, dropless, rank_in_group
+from archlab.experts.dispatch import Experts, buffers_first, dense, dropless, rank_in_group, sorted_blocks
 from archlab.experts.grouped import grouped_dot, kernel, ragged_dot
 from archlab.experts.parallel import run_experts
 
@@ -46,6 +46,17 @@ def test_biases_of_few_slots(float64):
     """The form that fetches weights fetches biases."""
     args = problem(3, 8, 2, bias=True)
     chex.assert_trees_all_close(with_gradients(dropless, *args), with_gradients(dense, *args), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("form", [sorted_blocks, buffers_first])
+@pytest.mark.parametrize("crowd", [0, 20, 100])
+def test_uneven_loads(float64, form, crowd):
+    """Buffers with room for all, and with a few or with most slots left over; some tokens have nobody."""
+    x, experts, weights, params = problem(120, 4, 2, bias=True)
+    experts = jnp.where(jnp.arange(120)[:, None] < crowd, jnp.array([1, 3]), experts)
+    even = jnp.stack([jnp.arange(120) % 4, (jnp.arange(120) + 1) % 4], 1)
+    args = x, experts if crowd else even, weights, params
+    chex.assert_trees_all_close(with_gradients(form, *args), with_gradients(dense, *args), rtol=1e-10, atol=1e-10)
 
 
 def test_all_on_one_expert(float64):
