@@ -22,6 +22,9 @@ SMALL = {  # flags that make a command small; what comes last wins
     "convert": "",
     "attention": "--lengths=128,256 --forms=full,window,jax,bigbird --repeats=1",
     "extrapolate": "--methods=rope,alibi",
+    "inspect": "--rows=1 --context=64",
+    "sharding": "--batch=8 --context=16 --steps=1 --meshes=data:2,expert:4",
+    "moe_ablation": "--studies=collapse",
     "bench": "--batch=1 --context=32 --steps=1 --contexts=32 --new_tokens=4 --repeats=1",
 }
 
