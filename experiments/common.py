@@ -77,6 +77,8 @@ def model_config(model: str, changes: list[str], dtype: str | None = None) -> La
 def run(main: Callable[[], None]) -> None:
     """Parses flags and calls `main`. Bad input ends with its message and exit code 2, without a traceback."""
     def parse(argv):
+        for flag in flags.FLAGS.flags_by_module_dict().get(__name__, ()):  # --help shows what experiments share, too
+            flags.FLAGS.register_key_flag_for_module(argv[0], flag)
         try:
             rest = flags.FLAGS(argv)
         except flags.UnrecognizedFlagError as error:

@@ -105,7 +105,8 @@ def _by_transformers(folder: Path, ids):
     both = config.is_encoder_decoder
     kind = transformers.AutoModelForSeq2SeqLM if both else transformers.AutoModelForCausalLM
     attention = "sdpa" if config.model_type == "falcon" else "eager"  # Falcon's eager form adds ALiBi twice
-    model = kind.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention).eval()
+    model = kind.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention,
+                                 experts_implementation="eager").eval()  # grouped products want sizes that divide by 4
     ids = torch.tensor(ids)
     with torch.no_grad():
         return model(ids, **({"decoder_input_ids": ids} if both else {}), use_cache=False).logits.numpy()

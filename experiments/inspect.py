@@ -31,7 +31,7 @@ flags.DEFINE_string("tokenizer", None, "bytes, bpe:VOCAB or the path of a tokeni
 flags.DEFINE_integer("context", None, "Tokens a row; by default that of the run, or 256.")
 flags.DEFINE_integer("rows", 8, "The most rows to look at.", lower_bound=1)
 flags.DEFINE_integer("seed", 0, "Of what the training form draws.")
-flags.DEFINE_string("out", "inspect.html", "The page to write.")
+flags.DEFINE_string("out", "runs/inspect.html", "The page to write.")
 
 
 def main() -> None:

@@ -192,11 +192,12 @@ def summarise(rows: list[dict]) -> list[dict]:
 
 
 def verdicts(table: list[dict]) -> list[str]:
-    """What held of each expectation, in words; differences within the intervals are said to be none."""
+    """What held of each expectation, in words; differences within the intervals are said to be none, and of one seed
+    nothing is said."""
     lines = []
     for study in dict.fromkeys(row["study"] for row in table):
         mine = [row for row in table if row["study"] == study]
-        for worse, better in zip(mine, mine[1:]):
+        for worse, better in zip(mine, mine[1:]) if mine[0]["seeds"] > 1 else ():
             gap = worse["bits_per_byte"] - better["bits_per_byte"]
             noise = math.hypot(worse["interval"], better["interval"])
             said = "is better than" if gap > noise else "is WORSE than" if gap < -noise else "is not told apart from"

@@ -19,6 +19,7 @@ from flax import nnx
 
 from archlab.analysis.flops import Flops, count
 from archlab.encoder_decoder import EncoderDecoder
+from archlab.experts.capacity import Capacity
 from archlab.experts.dispatch import exactly
 from archlab.layers.alphabet import lettered, parameters_of
 from archlab.layers.contract import Training
@@ -102,7 +103,9 @@ def profile(config: LanguageModel | str, context: int = 4096, batch: int = 1) ->
     model, state = abstract(config), _state(config, context, 1)
     ids = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
     training = Training(jax.eval_shape(lambda: jax.random.key(0)), jax.ShapeDtypeStruct((), jnp.int32))
-    texts, tokens = ids(ROWS, context), ROWS * context
+    shared = math.lcm(*(c.rows for _, c in config.walk() if isinstance(c, Capacity)))
+    rows = -(-ROWS // shared) * shared
+    texts, tokens = ids(rows, context), rows * context
     with exactly():
         forward = count(lambda m, i: _run(m, i).logits, model, texts) / tokens
         trained = count(lambda m, i, t: _run(m, i, t).logits, model, texts, training) * 3 / tokens

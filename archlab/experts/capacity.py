@@ -22,13 +22,16 @@ class Capacity(Config):
     """In the training form an expert takes `min(n, ceil(factor * k * n / E))` tokens of a sequence with n real ones.
 
     The count is that of one sequence, so neither the mesh nor the micro-batch changes what is dropped; and of its real
-    tokens, so neither does padding. All k choices count: whatever k is, a factor of 1 is room for a perfectly balanced
-    choice (in GShard's code it is not: twice its factor is ours for k = 2).
+    tokens, so neither does padding. It knows how long the sequence will be, and documents packed into a row share its
+    room: a look ahead, however slight, that inference does not have. All k choices count: whatever k is, a factor of 1
+    is room for a perfectly balanced choice (in GShard's code it is not: twice its factor is ours for k = 2).
 
-    rows: how many consecutive rows of the batch share their room. reroute: how many times a choice that finds its
-    expert full asks the token's next best one ("no token left behind": Switch, appendix B). order: who comes first:
-    tokens in order of "time", which is causal; all first choices before all second ones ("choice", GShard); or among
-    these the tokens of highest weight ("priority", V-MoE's batch-prioritised routing, arXiv:2106.05974, section 3.1).
+    rows: how many consecutive rows of the batch (or micro-batch, which takes others) share their room. reroute: how
+    many times a choice that finds its expert full asks the token's next best one ("no token left behind": Switch,
+    appendix B); it queues behind all who asked before. order: who comes first: tokens in order of "time", so that who
+    found room owes it to no later token (without reroute); all first choices before all second ones ("choice", GShard);
+    or among these the tokens of highest weight ("priority", V-MoE's batch-prioritised routing, arXiv:2106.05974,
+    section 3.1).
     """
 
     factor: float
@@ -61,7 +64,7 @@ class Capacity(Config):
         for _ in range(self.reroute):
             over = (kept == E) & (asked < E)
             merit, others = jax.lax.top_k(jnp.where(tried, -jnp.inf, gates), min(experts.shape[2], E))
-            others = jnp.where(merit > -jnp.inf, others, E).astype(asked.dtype)
+            others = jnp.where(merit > 0, others, E).astype(asked.dtype)  # none of weight 0
             turn = jnp.clip(jnp.cumsum(over, 2) - 1, 0, others.shape[2] - 1)
             new = jnp.where(over, jnp.take_along_axis(others, turn, 2), E)
             found = rank(new, _hits(kept, E).sum((1, 2))) < room[:, None, None]

@@ -44,18 +44,18 @@ class MoE(LayerConfig):
     def __post_init__(self):
         require(self.experts >= 1, self, "experts", "must be at least 1")
         require(self.hidden >= 1, self, "hidden", "must be at least 1")
-        require(isinstance(self.router, Router), self, "router", "must be a router, such as TopK(2)")
         self.router.check(self.experts)
-        require(self.capacity is None or isinstance(self.capacity, Capacity), self, "capacity",
-                "must be Capacity(factor), or None to drop nothing")
         require(self.capacity is None or not self.router.looks_ahead, self, "capacity",
                 f"{type(self.router).__name__} bounds by itself what an expert takes: leave it None")
         require(all(isinstance(b, Balance) for b in self.balance), self, "balance",
                 "must be a tuple of losses, such as (SwitchLoss(),)")
         names = [b.name for b in self.balance]
         require(len(set(names)) == len(names), self, "balance", "has the same loss twice")
-        require(self.router.noisy or not any(isinstance(b, LoadLoss) for b in self.balance), self, "balance",
+        kinds = {type(b) for b in self.balance}
+        require(self.router.noisy or LoadLoss not in kinds, self, "balance",
                 "LoadLoss judges how likely each choice was: it wants a router with noise, such as NoisyTopK(2)")
+        require(not self.router.looks_ahead or SwitchLoss not in kinds, self, "balance",
+                f"the load of {type(self.router).__name__} is even by construction: give balance=(ZLoss(),)")
         check_activation(self)
         require(self.init_scale > 0, self, "init_scale", "must be positive")
 

@@ -63,7 +63,8 @@ def parameter(rngs: nnx.Rngs, letters: str, shape: tuple[int, ...], init: Callab
     Returns: an `nnx.Param` in float32 with metadata `letters`, `decay` and `uses`.
     """
     if letters.count("->") != 1 or not set(dims(letters)) <= set(LETTERS):
-        raise ValueError(f"letters {letters!r}: must be inputs -> outputs, as in 'D->HK' or '->F', of {LETTERS!r}")
+        raise ValueError(f"letters {letters!r}: must be inputs -> outputs, as in 'D->HK' or '->F', of {LETTERS!r}: "
+                         "'.' is for any dimension of your own")
     if len(dims(letters)) != len(shape):
         raise ValueError(f"letters {letters!r} name {len(dims(letters))} dimensions, shape {shape} has {len(shape)}")
     if init is None:

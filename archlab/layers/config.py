@@ -8,7 +8,10 @@ runs nothing: type names are looked up among the config classes that are already
 import ast
 import dataclasses
 import difflib
+import functools
 import json
+import types
+import typing
 from typing import Any, Self
 
 import flax.nnx as nnx
@@ -17,10 +20,20 @@ _classes: dict[str, type["Config"]] = {}
 
 
 class Config:
-    """Base of all configs. Subclasses are made frozen dataclasses by the act of subclassing."""
+    """Base of all configs. Subclasses are made frozen dataclasses by the act of subclassing; their fields are checked
+    against their annotations before `__post_init__`."""
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
+        own = cls.__dict__.get("__post_init__", lambda self: None)
+
+        @functools.wraps(own)
+        def checked(self):
+            check_kinds(self)
+            own(self)
+
+        if "__post_init__" in cls.__dict__ or not hasattr(cls, "__post_init__"):
+            cls.__post_init__ = checked
         dataclasses.dataclass(frozen=True)(cls)
         known = _classes.get(cls.__name__)
         if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
@@ -56,7 +69,8 @@ class Config:
         return change(dataclasses.replace(self, **fields))
 
     def set(self, path: str, value: Any) -> Self:
-        """A copy with the field at `path` replaced; a string value is read as a Python literal where it is one."""
+        """A copy with the field at `path` replaced; a string value is read as a Python literal or as a config, such as
+        "TopK(2, scale=2.5)", where it is one."""
         name, _, rest = path.partition(".")
         names = [field.name for field in dataclasses.fields(self)]
         if name not in names:
@@ -125,6 +139,43 @@ def require(condition: bool, config: Config, field: str, wanted: str) -> None:
         raise ValueError(f"{type(config).__name__}.{field} = {getattr(config, field)!r}: {wanted}")
 
 
+KINDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a text", types.NoneType: "None"}
+
+
+def check_kinds(config: Config) -> None:
+    """Raises ValueError for the first field whose value is not of the kind that its annotation says."""
+    for name, kind in _annotations(type(config)).items():
+        value = getattr(config, name)
+        if not _is_kind(value, kind):
+            options = typing.get_args(kind) if _is_union(kind) else (kind,)
+            words = [KINDS.get(k) or f"a {getattr(typing.get_origin(k) or k, '__name__', k)}" for k in options]
+            raise ValueError(f"{type(config).__name__}.{name} = {value!r}: must be {' or '.join(words)}")
+
+
+@functools.cache
+def _annotations(cls: type) -> dict[str, Any]:
+    """{field: annotation}; none of a class whose annotations cannot be resolved."""
+    try:
+        hints = typing.get_type_hints(cls)
+    except (NameError, TypeError):
+        return {}
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def _is_union(kind) -> bool:
+    return typing.get_origin(kind) in (typing.Union, types.UnionType)
+
+
+def _is_kind(value, kind) -> bool:
+    if _is_union(kind):
+        return any(_is_kind(value, option) for option in typing.get_args(kind))
+    if kind is float or kind is int:
+        number = not isinstance(value, bool) and hasattr(value, "__float__")
+        return number and (kind is float or hasattr(value, "__index__"))
+    kind = typing.get_origin(kind) or kind
+    return not isinstance(kind, type) or isinstance(value, kind)
+
+
 def near(name: str, names) -> str:
     """Words for an error message: the nearest of `names`, or all of them."""
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
@@ -137,12 +188,32 @@ def from_json(text: str) -> Config:
 
 
 def _literal(value):
+    """What a text stands for: a Python literal, a config such as "TopK(2, scale=2.5)", or else itself."""
     if not isinstance(value, str):
         return value
     try:
-        return ast.literal_eval(value)
-    except (ValueError, SyntaxError):
+        return _evaluate(ast.parse(value.strip(), mode="eval").body)
+    except (SyntaxError, _NoLiteral):
         return value
+
+
+class _NoLiteral(Exception):
+    """A text that stands for itself."""
+
+
+def _evaluate(node):
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+        if node.func.id not in _classes:
+            known = near(node.func.id, sorted(_classes))
+            raise ValueError(f"no config class named {node.func.id!r} is imported; {known}")
+        fields = {word.arg: _evaluate(word.value) for word in node.keywords}
+        return _classes[node.func.id](*map(_evaluate, node.args), **fields)
+    if isinstance(node, ast.Tuple):
+        return tuple(map(_evaluate, node.elts))
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        raise _NoLiteral from None
 
 
 def _encode(value):

@@ -9,6 +9,10 @@ from archlab.training.collapse import Watch
 from archlab.training.metrics import Lines
 
 
+# Of choices that found no room; of choices on which expert choice and its causal rule agree; of tokens that skip a layer.
+SHARES = ("dropped", "agreement", "skipped")
+
+
 class ExpertRecord:
     """`add` after each step; `write` where a row of metrics is written too.
 
@@ -19,7 +23,7 @@ class ExpertRecord:
     def __init__(self, lines: Lines | None, say: Callable[[str], None], steps: int):
         """Args: lines: where to write; goes on after its last row. say: takes a warning. steps: as in `Watch`."""
         self.lines, self.say, self.watch = lines, say, Watch(steps)
-        self.loads, self.logits = {}, {}
+        self.loads, self.logits, self.shares = {}, {}, {}
         rows = [row for row in lines.rows if "load" in row] if lines else []
         for path, load in rows[-1]["load"].items() if rows else ():
             since = self.watch.since[path] = np.zeros(len(load), np.int64)
@@ -29,6 +33,8 @@ class ExpertRecord:
     def add(self, step: int, traces: Mapping[str, np.ndarray]) -> None:
         """Takes a step's traces, and warns."""
         self.loads, self.logits = per_layer(traces, "load", 1), per_layer(traces, "largest_logit", 0)
+        shares = {name: list(per_layer(traces, name, 0).values()) for name in SHARES}
+        self.shares = {name: float(np.mean(values)) for name, values in shares.items() if values}
         for collapse in self.watch.look(step, self.loads):
             self.say(f"warning: step {step}, {collapse}")
             if self.lines:
@@ -43,7 +49,7 @@ class ExpertRecord:
 
     def write(self, step: int) -> dict[str, float]:
         """Writes the row of the step last added. Returns what belongs with the metrics, nothing without experts:
-        max_violation and largest_logit, each that of the worst layer."""
+        max_violation and largest_logit, each that of the worst layer; and the means of `SHARES` over layers."""
         if not self.loads:
             return {}
         starving = {path: {str(e): int(since[e]) for e in np.flatnonzero(since)}
@@ -54,4 +60,4 @@ class ExpertRecord:
                               "largest_logit": {path: float(x) for path, x in self.logits.items()},
                               "starving": starving})
         worst = {"max_violation": max(float(load.max() / max(load.mean(), 1e-30)) - 1 for load in self.loads.values())}
-        return worst | ({"largest_logit": float(max(self.logits.values()))} if self.logits else {})
+        return worst | self.shares | ({"largest_logit": float(max(self.logits.values()))} if self.logits else {})

@@ -18,7 +18,8 @@ from archlab.parallel.mesh import optimizer_shardings, parameter_shardings
 from archlab.training.objectives import prepare, run
 from archlab.training.reinforce import surrogate
 
-WATCHED = ("load", "largest_logit")  # traces of layers with experts that a step hands out
+# Traces of layers with experts that a step hands out.
+WATCHED = ("load", "largest_logit", "dropped", "agreement", "skipped")
 HIDING = 2**31 - 1  # what is folded into a step's key to draw what is hidden; micro-batches fold in their number
 
 

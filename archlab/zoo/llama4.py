@@ -1,4 +1,4 @@
-"""Llama 4, without its eyes: iRoPE's attention, and experts of which a token goes to one, beside a shared one.
+"""Llama 4, its text model: iRoPE's attention, and experts of which a token goes to one, beside a shared one.
 
 Known from its released code (2025): the gate is a sigmoid and scales what the expert reads. Scout has experts in every
 layer, Maverick in every second.

@@ -114,6 +114,14 @@ def test_experts_count_by_how_many_each_token_goes_to(capacity_factor):
     assert profile.decode.matmul == pytest.approx(2 * (attention + L * D * (T - 128) + k * experts + D * V), rel=0.01)
 
 
+def test_rows_that_share_a_capacity():
+    """Any number of rows: the probe is a multiple of it."""
+    of = lambda rows: MoE(4, 32, TopK(1), Capacity(1.0, rows=rows))
+    config = archlab.get_config("transformer-nano")
+    flops = [archlab.profile(config.set("body.unit.layers.1.layer", of(rows)), 64).training.matmul for rows in (1, 3)]
+    assert flops[0] == pytest.approx(flops[1], rel=0.02)
+
+
 def test_recurrent_units_count_once_and_apply_at_every_step():
     T, D, F, V, n = 256, 48, 128, 256, 3
     unit, act = 4 * D * D + 3 * D * F + 2 * D, D + 1

@@ -173,7 +173,7 @@ def test_loads_of_micro_batches_are_means(run):
     parts = [said(model, jax.tree.map(lambda a: a[i::2], batch)) for i in range(2)]
     _, metrics = make_train_step(structure, transform, tokenizer.bytes_per_token, accumulate=2)(state, batch)
     traces = metrics["traces"]
-    assert {path.split("/")[-1] for path in traces} == {"load", "largest_logit"}
+    assert {path.split("/")[-1] for path in traces} == {"load", "largest_logit", "dropped"}
     for path, value in traces.items():
         expected = sum(part[path] for part in parts) / 2
         np.testing.assert_allclose(value, expected, atol=1e-5)

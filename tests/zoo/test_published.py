@@ -23,7 +23,7 @@ TOTALS = {
 }
 
 # Mixtures of experts: the total, what is active, and that without a table that is looked up only (gpt-oss's card).
-# DeepSeek-V3 and Kimi K2 are without what predicts a second token; Llama 4 is without its eyes.
+# DeepSeek-V3 and Kimi K2 are without what predicts a second token; Llama 4 is without its vision part.
 EXPERTS = {
     "mixtral-8x7b": (46_702_792_704, 12_879_925_248, 12_748_853_248),
     "mixtral-8x22b": (140_630_071_296, 39_161_468_928, 38_960_142_336),
