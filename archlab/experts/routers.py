@@ -51,8 +51,8 @@ class Routing:
 
 class Router(Config):
     """Base of all routers. A subclass says `k`, the most experts that a token goes to, and builds its module, which
-    gives a `Routing` for a stream [B, T, D] and its tokens; `weigh` must give the same weights. A router keeps no state:
-    it sees each token alone, so what it decides must not depend on other tokens (without training).
+    gives a `Routing` for a stream [B, T, D] and its tokens; `weigh` must give the same weights. It keeps no
+    state: what it decides about a token must not depend on others (without training).
 
     noisy: whether the `Routing` knows `chances`. looks_ahead: whether in the training form experts choose among all
     tokens of a row, up to a `room`.
