@@ -9,7 +9,7 @@ from archlab.training.collapse import Watch
 from archlab.training.metrics import Lines
 
 
-# Of choices that found no room; of choices on which expert choice and its causal rule agree; of tokens that skip a layer.
+# Of choices that found no room; of those on which expert choice and its causal rule agree; of tokens that skip a layer.
 SHARES = ("dropped", "agreement", "skipped")
 
 
