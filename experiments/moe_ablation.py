@@ -174,41 +174,49 @@ def measure(study: str, name: str, layer, seed: int, preset: Preset, corpus, tok
 
 
 def summarise(rows: list[dict]) -> list[dict]:
-    """A row for each arm: means over seeds, and half of a 95% interval of the loss (Student's t)."""
-    from scipy.stats import t
-
+    """A row for each arm: means over seeds, and half of a 95% interval of the loss."""
     table = []
     for study, name in dict.fromkeys((row["study"], row["arm"]) for row in rows):
         mine = [row for row in rows if (row["study"], row["arm"]) == (study, name)]
         bits = [row["bits_per_byte"] for row in mine]
-        spread = statistics.stdev(bits) if len(bits) > 1 and all(map(math.isfinite, bits)) else math.nan
         mean = lambda key: statistics.fmean(row[key] for row in mine)
         table.append({"study": study, "arm": name, "seeds": len(mine), "bits_per_byte": statistics.fmean(bits),
-                      "interval": float(t.ppf(0.975, len(bits) - 1)) * spread / math.sqrt(len(bits)),
-                      "spread": spread, "max_violation": mean("max_violation"), "starved": mean("starved"),
-                      "tokens_per_second": mean("tokens_per_second"),
+                      "interval": half_interval(bits),
+                      **{key: mean(key) for key in ("max_violation", "starved", "tokens_per_second")},
                       **{key: mine[0][key] for key in ("active_parameters", "parameters", "training_flops_per_token")}})
     return table
 
 
-def verdicts(table: list[dict]) -> list[str]:
-    """What held of each expectation, in words; differences within the intervals are said to be none, and of one seed
+def verdicts(rows: list[dict], table: list[dict]) -> list[str]:
+    """What held of each expectation, in words. Arms of one seed read the same text in the same order, so it is their
+    differences, seed by seed, that an interval is made of; where it holds 0 the arms are not told apart. Of one seed
     nothing is said."""
+    bits = {(row["study"], row["arm"], row["seed"]): row["bits_per_byte"] for row in rows}
     lines = []
     for study in dict.fromkeys(row["study"] for row in table):
         mine = [row for row in table if row["study"] == study]
         for worse, better in zip(mine, mine[1:]) if mine[0]["seeds"] > 1 else ():
-            gap = worse["bits_per_byte"] - better["bits_per_byte"]
-            noise = math.hypot(worse["interval"], better["interval"])
+            names = better["arm"], worse["arm"]
+            gaps = [bits[study, names[1], seed] - bits[study, names[0], seed] for seed in range(worse["seeds"])]
+            gap, noise = statistics.fmean(gaps), half_interval(gaps)
             said = "is better than" if gap > noise else "is WORSE than" if gap < -noise else "is not told apart from"
-            lines.append(f"{study}: {better['arm']!r} {said} {worse['arm']!r} ({gap:+.4f} bits/byte, +- {noise:.4f})")
+            lines.append(f"{study}: {names[0]!r} {said} {names[1]!r} ({gap:+.4f} bits/byte, +- {noise:.4f})")
         lines += [f"{study}: {row['arm']!r} has MaxVio {row['max_violation']:.2f}, {row['starved']:.0%} of its experts "
                   "starved" for row in mine if study in ("balancing", "collapse")]
     return lines
 
 
+def half_interval(values: list[float]) -> float:
+    """Half of a 95% interval of the mean (Student's t)."""
+    from scipy.stats import t
+
+    if len(values) < 2 or not all(map(math.isfinite, values)):
+        return math.nan
+    return float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+
+
 def as_text(table: list[dict]) -> str:
-    heads = ("bits/byte", "+-", "active", "in all", "MaxVio", "starved")
+    heads = ("bits/byte", "+-", "active", "total", "MaxVio", "starved")
     lines = [f"{'study':<11}{'arm':<27}" + "".join(f"{head:>10}" for head in heads)]
     for row in table:
         cells = (f"{row['bits_per_byte']:>10.4f}{row['interval']:>10.4f}{row['active_parameters']:>10,}"
@@ -248,7 +256,7 @@ def main() -> None:
     write_csv(out / "runs.csv", rows)
     write_csv(out / "results.csv", table)
     draw(out, rows, table)
-    print("\n" + as_text(table) + "\n\n" + "\n".join(verdicts(table)))
+    print("\n" + as_text(table) + "\n\n" + "\n".join(verdicts(rows, table)))
     print(f"\nfigure: {out / 'ablation.png'}\nevery number: {out / 'results.csv'}, {out / 'runs.csv'}")
 
 

@@ -28,7 +28,7 @@ from archlab.layers.contract import wide
 from archlab.layers.mlp import ClippedSwiGLU, activate
 
 BLOCK = 128  # rows multiplied at once; smaller where an expert has fewer
-ROOM = 1.25  # of an expert's buffer, in even shares
+ROOM = 1.5  # of an expert's buffer, in even shares
 FEW = 16  # tokens for which it is fastest to run every expert: the time is that of reading the weights
 _exactly = contextvars.ContextVar("exactly", default=False)
 
