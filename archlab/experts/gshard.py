@@ -2,13 +2,12 @@
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Float
 
-from archlab.experts.routers import Router, Routing, TopK, largest, pick, router_key
-from archlab.layers.alphabet import parameter, project
+from archlab.experts.routers import LinearModule, Router, Routing, TopK, largest, pick, router_key
+from archlab.layers.alphabet import project
 from archlab.layers.config import require
-from archlab.layers.contract import Place, Tokens, wide
+from archlab.layers.contract import Tokens, wide
 
 
 class SecondByChance(Router):
@@ -45,12 +44,8 @@ class SecondByChance(Router):
         return SecondByChanceModule(self, rngs, at, experts, scale)
 
 
-class SecondByChanceModule(nnx.Module):
+class SecondByChanceModule(LinearModule):
     """Weight: weight [D, E]."""
-
-    def __init__(self, config: SecondByChance, rngs: nnx.Rngs, at: Place, experts: int, scale: float):
-        self.config = config
-        self.weight = parameter(rngs, "D->E", (at.width, experts), scale=scale)
 
     def __call__(self, x: Float[Array, "B T D"], tokens: Tokens) -> Routing:
         logits = project(wide(x), self.weight, "BTD,DE->BTE")

@@ -162,12 +162,19 @@ class TopK(Router):
         return TopKModule(self, rngs, at, experts, scale)
 
 
-class TopKModule(nnx.Module):
+class LinearModule(nnx.Module):
+    """Base of the modules whose logits are one product. Weight: weight [D, E]."""
+
+    def __init__(self, config: Router, rngs: nnx.Rngs, at: Place, experts: int, scale: float):
+        self.config = config
+        self.weight = parameter(rngs, "D->E", (at.width, experts), scale=scale)
+
+
+class TopKModule(LinearModule):
     """Weights: weight [D, E], bias [E]; balance [E], which no gradient moves."""
 
     def __init__(self, config: TopK, rngs: nnx.Rngs, at: Place, experts: int, scale: float):
-        self.config = config
-        self.weight = parameter(rngs, "D->E", (at.width, experts), scale=scale)
+        super().__init__(config, rngs, at, experts, scale)
         self.bias = parameter(rngs, "->E", (experts,)) if config.bias else None
         self.balance = Steered.zeros("->E", (experts,), config.balance_rate) if config.balance_rate else None
 

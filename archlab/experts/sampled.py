@@ -7,10 +7,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from archlab.experts.routers import Router, Routing, TopK, largest, pick, router_key
-from archlab.layers.alphabet import parameter, project
+from archlab.experts.routers import LinearModule, Router, Routing, TopK, largest, pick, router_key
+from archlab.layers.alphabet import project
 from archlab.layers.config import Config, require
-from archlab.layers.contract import Aux, Place, Policy, Tokens, wide
+from archlab.layers.contract import Aux, Policy, Tokens, wide
 
 
 class Reinforce(Config):
@@ -49,12 +49,8 @@ class Sampled(Router):
         return SampledModule(self, rngs, at, experts, scale)
 
 
-class SampledModule(nnx.Module):
+class SampledModule(LinearModule):
     """Weight: weight [D, E]. Policy: draw."""
-
-    def __init__(self, config: Sampled, rngs: nnx.Rngs, at: Place, experts: int, scale: float):
-        self.config = config
-        self.weight = parameter(rngs, "D->E", (at.width, experts), scale=scale)
 
     def __call__(self, x: Float[Array, "B T D"], tokens: Tokens) -> Routing:
         logits = project(wide(x), self.weight, "BTD,DE->BTE")
