@@ -47,7 +47,7 @@ def is_matrix(letters: str) -> bool:
 
 
 def parameter(rngs: nnx.Rngs, letters: str, shape: tuple[int, ...], init: Callable | None = None, *,
-              scale: float = 1.0, decay: bool | None = None, uses: float = 1.0) -> nnx.Param:
+              scale: float = 1.0, decay: bool | None = None, rate: float = 1.0, uses: float = 1.0) -> nnx.Param:
     """A parameter that knows its letters.
 
     Args:
@@ -58,9 +58,10 @@ def parameter(rngs: nnx.Rngs, letters: str, shape: tuple[int, ...], init: Callab
       scale: multiplies the default standard deviation; may be traced (initialisers that depend on the layer).
       decay: whether weight decay touches it; by default what has input letters. A scalar or a vector of gains,
         biases, time constants does not want to be small.
+      rate: its learning rate as a multiple of the run's; 0 for what stays as it was drawn.
       uses: how often one token passes through it, for the accounts: top_k / E for the stacked weights of E experts.
 
-    Returns: an `nnx.Param` in float32 with metadata `letters`, `decay` and `uses`.
+    Returns: an `nnx.Param` in float32 with metadata `letters`, `decay`, `rate` and `uses`.
     """
     if letters.count("->") != 1 or not set(dims(letters)) <= set(LETTERS):
         raise ValueError(f"letters {letters!r}: must be inputs -> outputs, as in 'D->HK' or '->F', of {LETTERS!r}: "
@@ -71,7 +72,7 @@ def parameter(rngs: nnx.Rngs, letters: str, shape: tuple[int, ...], init: Callab
         fan_in = math.prod(n for letter, n in zip(dims(letters), shape) if letter in inputs(letters))
         init = fan_in_normal(fan_in, scale) if inputs(letters) else nnx.initializers.zeros
     decay = bool(inputs(letters)) if decay is None else decay
-    return nnx.Param(init(rngs.params(), shape, jnp.float32), letters=letters, decay=decay, uses=uses)
+    return nnx.Param(init(rngs.params(), shape, jnp.float32), letters=letters, decay=decay, rate=rate, uses=uses)
 
 
 class Steered(nnx.Variable):

@@ -1,4 +1,5 @@
-"""Optimizers, told by the alphabet which parameters are matrices and which want to be small; and their schedules."""
+"""Optimizers, told by the parameters which of them are matrices, want to be small, or learn at a rate of their own; and
+their schedules."""
 
 import math
 
@@ -75,6 +76,7 @@ class Optimizer(Config):
         """
         letters = {path: weight.letters for path, weight in parameters.items()}
         decays = {path: weight.decay for path, weight in parameters.items()}
+        rates = {path: weight.rate for path, weight in parameters.items()}
         adam = optax.scale_by_adam(self.b1, self.b2)
         if self.name == "adamw":
             direction = adam
@@ -86,6 +88,7 @@ class Optimizer(Config):
             optax.clip_by_global_norm(self.clip) if self.clip else optax.identity(),
             direction,
             optax.add_decayed_weights(self.weight_decay, decays),
+            optax.stateless(lambda updates, _: {path: rates[path] * update for path, update in updates.items()}),
             optax.scale_by_learning_rate(self.rate(steps)),
         )
 

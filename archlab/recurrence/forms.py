@@ -1,0 +1,38 @@
+"""The forms in which a recurrence can be computed. All give the same numbers; they differ in time and memory.
+
+A recurrence of this room takes `form=None` and then chooses by platform and shape; `form=Chunked(32)` overrides it.
+One token, a decode step, is always one step of the recurrence itself.
+"""
+
+from archlab.layers.config import Config, require
+
+
+class Form(Config):
+    """How a recurrence is computed: `Sequential()`, `Associative()`, `Chunked(size)` or `Kernel(size)`."""
+
+
+class Sequential(Form):
+    """Step by step (`lax.scan`): the definition. Its gradient keeps every state."""
+
+
+class Associative(Form):
+    """All steps at once, in a tree of log2(T) levels (`lax.associative_scan`). For diagonal recurrences only."""
+
+
+class Chunked(Form):
+    """`size` steps at once, by products of matrices; only the states between chunks are kept for the gradient."""
+
+    size: int = 64
+
+    def __post_init__(self):
+        require(self.size >= 1, self, "size", "must be at least 1")
+
+
+class Kernel(Form):
+    """`Chunked`, in one Pallas kernel that keeps a chunk on the chip. interpret: run without a GPU or TPU, for tests."""
+
+    size: int = 64
+    interpret: bool = False
+
+    def __post_init__(self):
+        require(self.size >= 1, self, "size", "must be at least 1")

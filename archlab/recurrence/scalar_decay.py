@@ -1,0 +1,36 @@
+"""Matrix states that decay by one number per head and token.
+
+    S_t = exp(g_t) S_{t-1} + k_t v_t^T        y_t = q_t S_t
+
+Mamba-2's structured state-space duality (Dao & Gu 2024, arXiv:2405.21060, section 6), RetNet (arXiv:2307.08621),
+lightning attention (arXiv:2401.04658) and, with its normaliser as one more value, the mLSTM (arXiv:2405.04517).
+"""
+
+import functools
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from archlab.layers.contract import Tokens
+from archlab.recurrence.forms import Form, Sequential
+from archlab.recurrence.memory import MemoryState, dot, per_head, remember, step_by_step
+
+
+def scalar_decay(q: Float[Array, "B G T N"], k: Float[Array, "B G T N"], v: Float[Array, "B H T P"],
+                 log_decay: Float[Array, "B H T"], tokens: Tokens, state: MemoryState, form: Form | None = None):
+    """The recurrence over a piece.
+
+    Args: q, k: of each head, or of G groups of heads; log_decay: g, not above 0.
+    Returns: y [B, H, T, P] in the dtype of the state, and the state after the piece.
+    """
+    run = sequential
+    return remember(run, "BHT", q, k, v, log_decay, tokens=tokens, state=state)
+
+
+def sequential(q, k, v, g, starts, S):
+    """Step by step: the definition."""
+    def step(S, q, k, v, g):
+        S = jnp.exp(g)[..., None, None] * S + k[..., :, None] * v[..., None, :]
+        return S, dot("BHN,BHNP->BHP", q, S)
+
+    return step_by_step(step, starts, S, per_head(q, v.shape[1]), per_head(k, v.shape[1]), v, g)
