@@ -6,6 +6,7 @@ rule, and reads y = q S. The rules are in scalar_decay, channel_decay, delta_rul
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -68,3 +69,47 @@ def step_by_step(step: Callable, starts: Bool[Array, "B T"], S: Float[Array, "B 
 def per_head(a: Float[Array, "B G T N"], heads: int) -> Float[Array, "B H T N"]:
     """Queries or keys of groups, repeated for each head of the group."""
     return jnp.repeat(a, heads // a.shape[1], axis=1)
+
+
+# What the chunked forms share. They cut time T into C chunks of Q tokens: [B, H, T, ...] becomes [B, H, C, Q, ...].
+
+
+def chunk_length(length: int, size: int) -> int:
+    """Q for a piece of `length` tokens: at most about `size`, such that little is padded."""
+    chunks = -(-length // size)
+    return min(length, size, -8 * (length // -(8 * chunks)))  # the mean, rounded up to whole vector registers
+
+
+def cut(a: Float[Array, "B H T ..."], size: int) -> Float[Array, "B H C Q ..."]:
+    """In chunks of `size` tokens, zeros behind the end: they leave the state as it is, like padding."""
+    a = jnp.pad(a, [(0, -a.shape[2] % size if axis == 2 else 0) for axis in range(a.ndim)])
+    return a.reshape(*a.shape[:2], -1, size, *a.shape[3:])
+
+
+def join(a: Float[Array, "B H C Q ..."], length: int) -> Float[Array, "B H T ..."]:
+    """`cut` undone."""
+    return a.reshape(*a.shape[:2], -1, *a.shape[4:])[:, :, :length]
+
+
+class Documents(NamedTuple):
+    """Which tokens of a chunk meet; all bool, with a place for H.
+
+    together [B, 1, C, Q, Q]: the two are of one document. with_before [B, 1, C, Q]: the token is of the document of the
+    state before the chunk; with_after [B, 1, C, Q]: of that of the state behind it. through [B, 1, C]: the state before
+    the chunk and that behind it are of one document.
+    """
+
+    together: Bool[Array, "B 1 C Q Q"]
+    with_before: Bool[Array, "B 1 C Q"]
+    with_after: Bool[Array, "B 1 C Q"]
+    through: Bool[Array, "B 1 C"]
+
+
+def documents_of(starts: Bool[Array, "B T"], size: int) -> Documents:
+    """The documents of chunks of `size` tokens."""
+    number = jnp.cumsum(jnp.pad(starts, ((0, 0), (0, -starts.shape[1] % size))), 1)
+    number = number.reshape(starts.shape[0], 1, -1, size)
+    after = number[..., -1:]
+    before = jnp.pad(after[:, :, :-1], ((0, 0), (0, 0), (1, 0), (0, 0)))  # 0: the document of the state
+    return Documents(number[..., :, None] == number[..., None, :], number == before, number == after,
+                     (before == after)[..., 0])
