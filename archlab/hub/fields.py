@@ -26,6 +26,8 @@ HARMLESS = frozenset("""
     summary_first_dropout summary_proj_to_labels summary_type
     summary_use_proj tie_last_hidden_states torchscript
     pretraining_tp reorder_and_upcast_attn attention_softmax_in_fp32 scale_attention_softmax_in_fp32
+    chunk_size rescale_prenorm_residual residual_in_fp32 time_step_floor time_step_init_scheme time_step_max
+    time_step_min time_step_scale use_associative_scan use_falcon_mambapy use_mambapy
 """.split())
 
 # Fields that say nothing as long as they have one of these values.

@@ -42,6 +42,13 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True)
+class Depthwise:
+    """The name of a depthwise convolution's weight: ours is [W, F], torch's [F, 1, W] (Mamba, RecurrentGemma)."""
+
+    name: str
+
+
+@dataclasses.dataclass(frozen=True)
 class InputsFirst:
     """The name of a tensor that is stored in our order, as with `Blocks.inputs_first`: experts as [E, D, F] (Llama 4,
     gpt-oss)."""
@@ -182,6 +189,9 @@ def _flatten(parameter: nnx.Param, at: dict[int, int], inputs_first: bool, form:
     ins, outs = (_merge(side, form is Apart) for side in (ins, outs))
     ours = inputs_first or "V" in before or not ins
     groups = tuple(stacked) + (ins + outs if ours else outs + ins)
+    if form is Depthwise:
+        (taps,), (channels,) = groups
+        groups = ((channels,), (), (taps,))
     outputs = len(stacked) + (len(ins) if ours else 0)
     heads = parameter.shape[outs[0][0]] if outs else 1
     return _Flat(groups, tuple(math.prod(parameter.shape[axis] for axis in group) for group in groups), outputs, heads)

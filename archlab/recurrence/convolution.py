@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from archlab.layers.alphabet import parameter
 from archlab.layers.contract import Tokens, pytree
+from archlab.layers.mlp import add_bias
 
 
 @pytree
@@ -18,16 +19,17 @@ class ConvState:
 
 
 class CausalConv(nnx.Module):
-    """`y_t = bias + sum_j weight[j] x_{t-j}` per channel, within the document. weight [W, F], bias [F].
+    """`y_t = bias + sum_j weight[W - 1 - j] x_{t-j}` per channel, within the document. weight [W, F]: its last row is for
+    the token itself, as in published checkpoints; bias [F] if wanted.
 
     Initialised as the framework of the published code does it: uniform within 1/sqrt(W).
     """
 
-    def __init__(self, size: int, channels: int, rngs: nnx.Rngs):
+    def __init__(self, size: int, channels: int, rngs: nnx.Rngs, bias: bool = True):
         bound = size**-0.5
         uniform = lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
         self.weight = parameter(rngs, "->.F", (size, channels), uniform, decay=True)
-        self.bias = parameter(rngs, "->F", (channels,), uniform)
+        self.bias = parameter(rngs, "->F", (channels,), uniform) if bias else None
 
     def init_state(self, batch: int, dtype) -> ConvState:
         size, channels = self.weight.shape
@@ -40,11 +42,11 @@ class CausalConv(nnx.Module):
         inputs = jnp.concatenate([past.inputs.astype(x.dtype), x], 1)  # token t stands at t + size - 1
         segments = jnp.concatenate([past.segments, tokens.segments], 1)
         weight = self.weight[...].astype(x.dtype)
-        y = self.bias[...].astype(x.dtype) + weight[0] * x
+        y = add_bias(weight[-1] * x, self.bias)
         for j in range(1, size):
             at = slice(size - 1 - j, size - 1 - j + T)
             same = (segments[:, at] == tokens.segments)[:, :, None]
-            y = y + weight[j] * jnp.where(same, inputs[:, at], 0)
+            y = y + weight[-1 - j] * jnp.where(same, inputs[:, at], 0)
         if state is None:
             return y, None
         # Padding comes last, so the newest W - 1 inputs end with the piece's real tokens.

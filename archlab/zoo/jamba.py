@@ -10,6 +10,7 @@ from archlab.experts.balance import SwitchLoss
 from archlab.experts.moe import MoE
 from archlab.experts.routers import TopK
 from archlab.layers.mlp import SwiGLU
+from archlab.layers.norms import RMSNorm
 from archlab.layers.repeat import Repeat
 from archlab.layers.residual import Residual
 from archlab.layers.sequence import Sequence
@@ -23,7 +24,7 @@ def jamba(width: int, units: int, heads: int, hidden: int, experts: int = 16, kv
           state: int = 16, pattern: str = PATTERN, vocab: int = 256) -> LanguageModel:
     """`units` times the pattern: M a Mamba layer, A attention, F an MLP of `hidden` channels, E experts of as many."""
     layers = {
-        "M": Residual(Mamba(state, inner_norms=True)),
+        "M": Residual(Mamba(state, inner_norm=RMSNorm())),
         "A": Residual(Attention(heads, kv_heads, positions=None)),
         "F": Residual(SwiGLU(hidden)),
         "E": Residual(MoE(experts, hidden, TopK(2), balance=(SwitchLoss(0.001),))),

@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.hub.mixtures import (ABSENT, IDS, MIXTURES, MIXTURES_OLDER, MIXTURES_PUBLISHED, fan_in, publish, rope,
                                 routing, through_fp4, watch)
+from tests.hub.recurrents import RECURRENTS
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -145,7 +146,7 @@ VARIANTS = {  # name: class of the config, and its arguments
         d_model=24, encoder_layers=2, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=2,
         encoder_ffn_dim=32, decoder_ffn_dim=40, max_position_embeddings=40, activation_function="relu",
         scale_embedding=True, pad_token_id=1, bos_token_id=0, decoder_start_token_id=2)),
-    **MIXTURES,
+    **MIXTURES, **RECURRENTS,
 }
 LONG = ("llama-dynamic", "llama-longrope", "phi3-longrope")  # with a second text, beyond the original length
 EARLY = ("gpt2-early", "gpt_neox-sequential", "bloom-post", "t5-silu")  # with the tensors of early checkpoints
@@ -192,11 +193,11 @@ def randomise(model, source):
                 weight.data = 0.5 * module.limit * noise  # so that some are clipped
             elif name.endswith("bias"):
                 weight.data = 0.2 * noise
-            elif name == "sinks":
-                weight.data = noise
             elif "Norm" in kind:
                 sign = torch.randint(0, 2, weight.shape, generator=source) * 2 - 1  # else a tied head repeats its input
                 weight.data = (1 + 0.3 * noise) * sign - (1 if kind.startswith("Gemma") else 0)  # Gemma adds 1 to it
+            elif weight.ndim == 1:  # sinks, decay rates, skips
+                weight.data = noise
             elif isinstance(module, torch.nn.Embedding):
                 weight.data = 0.5 * noise
             else:
@@ -355,6 +356,9 @@ def reword(fields):
             fields["ffn_config"]["moe_normalize_expert_weights"] = 1.0
     if "attn_temperature_tuning" in fields:
         fields["attn_temperature_tuning"] = bool(fields["attn_temperature_tuning"])
+    if "time_step_limit" in fields:
+        fields["time_step_limit"] = [float("inf") if step == {"__float__": "Infinity"} else step
+                                     for step in fields["time_step_limit"]]
     if "quantization_config" in fields:
         fields["quantization_config"]["dequantize"] = True
 
