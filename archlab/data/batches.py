@@ -6,7 +6,7 @@ target once. A row's segments number its documents from 1, and 0 is padding, fou
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -76,7 +76,7 @@ def pack(documents: Sequence[np.ndarray], context: int) -> tuple[np.ndarray, np.
     Raises:
       ValueError: a context below 1, or fewer than two tokens.
     """
-    _check(context)
+    check_shape(context)
     stream = _stream(documents, np.int32, "documents")
     return stream.rows(np.arange(stream.count(context)), context)
 
@@ -99,7 +99,7 @@ def train_batches(
       ValueError: the side is shorter than one row, `batch` does not divide by `process_count`, or a number is out of
         its range.
     """
-    rows = _check(context, batch, process_index, process_count)
+    rows = check_shape(context, batch, process_index, process_count)
     if seed < 0:
         raise ValueError(f"seed is {seed}; it must be 0 or more")
     stream = _tokenised(corpus.train, tokenizer, f"training side of corpus {corpus.name!r}")
@@ -113,7 +113,8 @@ def train_batches(
     # grain shuffles epoch e by seed + e: hashed here, so that runs of seeds 0 and 1 do not share their orders.
     seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
     order = grain.MapDataset.range(stream.count(context)).shuffle(seed).repeat()
-    return iter(_batched(order, stream, context, rows, process_index, process_count))
+    make = functools.partial(stream.batch, context=context)
+    return iter(through_grain(order, make, rows, process_index, process_count))
 
 
 def validation_batches(
@@ -131,7 +132,7 @@ def validation_batches(
     and every target counts once. What is returned can be iterated again. Raises ValueError as `train_batches` does,
     but a side shorter than one row is padded.
     """
-    rows = _check(context, batch, process_index, process_count)
+    rows = check_shape(context, batch, process_index, process_count)
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}; it must be 1 or more, or None for all batches")
     stream = _tokenised(corpus.validation, tokenizer, f"validation side of corpus {corpus.name!r}")
@@ -139,16 +140,18 @@ def validation_batches(
 
     batches = -(-stream.count(context) // batch)
     order = grain.MapDataset.range(min(batches, limit or batches) * batch)
-    return _batched(order, stream, context, rows, process_index, process_count)
+    make = functools.partial(stream.batch, context=context)
+    return through_grain(order, make, rows, process_index, process_count)
 
 
-def _batched(order, stream: _Stream, context: int, rows: int, process_index: int, process_count: int):
-    """Batches of an order of row numbers: only these go through grain one by one, the tokens are gathered at once."""
+def through_grain(order, make: Callable[[Sequence[int]], Batch], rows: int, process_index: int, process_count: int):
+    """Batches of an order of row numbers (a grain `MapDataset`), this process's share of them: only the numbers go
+    through grain one by one, `make` gives the `rows` rows of a batch at once."""
     import grain
 
     order = order[process_index::process_count]
-    batches = order.batch(rows, drop_remainder=True, batch_fn=functools.partial(stream.batch, context=context))
-    # The tokens are in memory: threads would only contend for the interpreter's lock.
+    batches = order.batch(rows, drop_remainder=True, batch_fn=make)
+    # The tokens are in memory, or made there: threads would only contend for the interpreter's lock.
     return batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
 
 
@@ -168,8 +171,8 @@ def _stream(documents: Sequence[np.ndarray], dtype, name: str) -> _Stream:
     return _Stream(tokens, ends)
 
 
-def _check(context: int, batch: int = 1, process_index: int = 0, process_count: int = 1) -> int:
-    """Checks the shape of the batches and returns the rows of one process."""
+def check_shape(context: int, batch: int = 1, process_index: int = 0, process_count: int = 1) -> int:
+    """Checks the shape of batches and returns the rows of one process."""
     if context < 1:
         raise ValueError(f"context is {context}; it must be 1 or more")
     if not 0 <= process_index < process_count:
