@@ -15,7 +15,6 @@ from archlab.hub.family import describe as describe_dense
 from archlab.layers.mlp import MLP
 from archlab.layers.repeat import Repeat
 from archlab.model import LanguageModel
-from archlab.recurrence.mamba import Mamba
 
 LONGEST = 1 << 17
 
@@ -27,10 +26,7 @@ def describe(config: LanguageModel) -> tuple[str, dict]:
     kinds = {type(node): node for _, node in config.body.walk()}
     common = {"vocab_size": config.vocab, "hidden_size": config.width, "tie_word_embeddings": config.tied,
               "num_hidden_layers": config.body.n if isinstance(config.body, Repeat) else None}
-    if set(kinds) & {Mamba, Attention, MLP, MoE} == {Mamba}:
-        mamba = kinds[Mamba]
-        return "mamba", common | {"state_size": mamba.state, "conv_kernel": mamba.conv, "expand": mamba.expand}
-    if set(kinds) & {Mamba, Attention, MLP, MoE} == {Attention, MoE}:
+    if set(kinds) & {Attention, MLP, MoE} == {Attention, MoE}:
         attention, experts = kinds[Attention], kinds[MoE]
         return "mixtral", common | {
             "num_attention_heads": attention.heads, "num_key_value_heads": attention.kv_heads or attention.heads,

@@ -17,6 +17,7 @@ from archlab.layers.config import Config, near
 from archlab.layers.repeat import Repeat
 from archlab.layers.sequence import Sequence
 from archlab.model import LanguageModel
+from archlab.recurrence.mamba import Mamba
 
 FOREIGN = 1000  # more than any number of fields in which a config of a family's own form differs
 
@@ -159,6 +160,10 @@ def settled(config: LanguageModel) -> LanguageModel:
             node = dataclasses.replace(node, balance=(), capacity=None, init_scale=1.0)
         if isinstance(node, TopK):
             node = dataclasses.replace(node, jitter=0.0, balance_rate=float(node.balance_rate > 0))
+        if isinstance(node, Mamba):
+            node = dataclasses.replace(node, dt_rank=node.rank(config.width))
+        if hasattr(node, "form"):  # of a recurrence: how, not what
+            node = dataclasses.replace(node, form=None)
         if isinstance(node, Repeat):
             node = Sequence(*[node.unit] * node.n)
         if isinstance(node, Sequence):

@@ -41,8 +41,9 @@ def write(config):
     return {**write_decoder(config), "num_hidden_layers": len(mixers), "layer_norm_epsilon": config.norm.eps,
             "num_heads": mixer.expand * config.width // mixer.head_size, "head_dim": mixer.head_size,
             "state_size": mixer.state, "n_groups": mixer.groups, "conv_kernel": mixer.conv, "expand": mixer.expand,
-            "time_step_limit": [INFINITY if step == math.inf else step for step in mixer.step_limits or (0.0, math.inf)],
-            "use_bias": mixer.bias, "use_conv_bias": mixer.conv_bias}
+            "use_bias": mixer.bias, "use_conv_bias": mixer.conv_bias,
+            **({"time_step_limit": [INFINITY if step == math.inf else step for step in mixer.step_limits]}
+               if mixer.step_limits else {})}
 
 
 FAMILY = Family(("mamba2",), "Mamba2ForCausalLM", DEFAULTS, read, write, OUTER,
