@@ -24,8 +24,11 @@ from archlab.recurrence.scalar_decay import scalar_decay
 
 
 class Retention(LayerConfig):
-    """Multi-scale retention with a SiLU gate. heads: H. expand: values are `expand` times as wide as the stream; queries
-    and keys are as wide. form: of the recurrence; None to choose."""
+    """Multi-scale retention with a SiLU gate.
+
+    heads: H. expand: values are `expand` times as wide as the stream; queries and keys are as wide. form: of the
+    recurrence; None to choose.
+    """
 
     heads: int
     expand: int = 2

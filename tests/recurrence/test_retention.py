@@ -8,7 +8,7 @@ from archlab.layers.alphabet import parameters_of
 from archlab.layers.contract import Place
 from archlab.recurrence.forms import Chunked, Sequential
 from archlab.recurrence.retention import Retention
-from tests.recurrence.against import D, check, rms, silu
+from tests.recurrence.against import check, rms, silu
 
 
 def turned(a, t):
@@ -73,7 +73,8 @@ def test_the_papers_forms_agree():
 def test_published_initialisation():
     p = parameters_of(Retention(4).build(nnx.Rngs(0), Place(64)))
     bound = lambda fan_in, fan_out: (6 / (fan_in + fan_out)) ** 0.5
-    for name, want in {"query": bound(64, 64) * 2**-2.5, "gate": bound(64, 128) * 2**-2.5, "out": bound(128, 64)}.items():
+    bounds = {"query": bound(64, 64) * 2**-2.5, "gate": bound(64, 128) * 2**-2.5, "out": bound(128, 64)}
+    for name, want in bounds.items():
         assert np.abs(p[name][...]).max() == pytest.approx(want, rel=0.01)
     assert sum(q.size for q in p.values()) == 8 * 64**2  # section 3.1: 8 D^2
 
