@@ -31,7 +31,7 @@ def state_of(step):
 
 class Weight:
     def __init__(self, letters):
-        self.letters, self.decay = letters, True
+        self.letters, self.decay, self.rate = letters, True, 1.0
 
 
 def written(folder, steps=(10, 20)):

@@ -19,8 +19,8 @@ from archlab.training.step import parameters
 class Weight:
     """Stands for an `nnx.Param` that says its letters."""
 
-    def __init__(self, letters, decay=True):
-        self.letters, self.decay = letters, decay
+    def __init__(self, letters, decay=True, rate=1.0):
+        self.letters, self.decay, self.rate = letters, decay, rate
 
 
 def test_cosine():
@@ -72,6 +72,18 @@ def test_only_what_wants_to_be_small_decays():
         for path, update in updates.items():
             chex.assert_trees_all_close(update, jnp.full_like(update, -0.05 if weights[path].decay else 0.0), atol=1e-6)
     assert not any(weight.decay for path, weight in weights.items() if path.endswith(("A_log", "scale", "step_bias")))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rates_of_their_own(name):
+    """Each moves by its multiple of what it would move by, decay included; with a rate of 0 it stays."""
+    weights = {path: Weight("D->F", rate=rate) for path, rate in (("all", 1.0), ("slow", 0.1), ("fixed", 0.0))}
+    value = jax.random.normal(jax.random.key(0), (4, 3))
+    values = dict.fromkeys(weights, value)
+    transform = Optimizer(name, weight_decay=0.5, clip=0, schedule="constant", warmup=0).build(weights, 10)
+    updates, _ = jax.jit(transform.update)(dict.fromkeys(weights, value + 1), transform.init(values), values)
+    assert (np.abs(updates["all"]) > 0).all() and (np.asarray(updates["fixed"]) == 0).all()
+    chex.assert_trees_all_close(updates["slow"], 0.1 * updates["all"], rtol=1e-5)
 
 
 def test_muon_takes_matrices_by_letters():
