@@ -19,6 +19,8 @@ TOTALS = {
     "mamba2-1.4b": 1_343_757_312,
     "mamba2-2.7b": 2_702_599_680,
     # derived from the authors' configs; the names count one of the two tables at most
+    "gla-340m": 374_475_776,
+    "gla-1.3b": 1_365_514_240,
     "delta-net-340m": 374_362_112,
     "delta-net-1.3b": 1_365_677_056,
     "gated-delta-net-340m": 379_888_124,
