@@ -49,6 +49,13 @@ class Depthwise:
 
 
 @dataclasses.dataclass(frozen=True)
+class Vector:
+    """The name of a vector with two dimensions more in front, each of size one (RWKV's mixtures, [1, 1, D])."""
+
+    name: str
+
+
+@dataclasses.dataclass(frozen=True)
 class InputsFirst:
     """The name of a tensor that is stored in our order, as with `Blocks.inputs_first`: experts as [E, D, F] (Llama 4,
     gpt-oss)."""
@@ -184,7 +191,7 @@ def _flatten(parameter: nnx.Param, at: dict[int, int], inputs_first: bool, form:
     axes = lambda letters, start: [(letter, start + i) for i, letter in enumerate(letters) if start + i not in at]
     ins, outs = axes(before, 0), axes(after, len(before))
     stacked = [(axis,) for letter, axis in ins if letter in "LE"]  # experts in one tensor come first
-    stacked += [()] * (form is Row)
+    stacked += [()] * ((form is Row) + 2 * (form is Vector))
     ins = [pair for pair in ins if pair[0] not in "LE"]
     ins, outs = (_merge(side, form is Apart) for side in (ins, outs))
     ours = inputs_first or "V" in before or not ins

@@ -37,9 +37,14 @@ def rwkv6(width: int, depth: int, vocab: int = WORLD, **fields) -> LanguageModel
 
 
 def rwkv7(width: int, depth: int, vocab: int = WORLD, **fields) -> LanguageModel:
-    """`fields` are those of `RWKV7`; the first layer has no `value_rank`."""
-    first, rest = (block(RWKV7(**fields | own), ChannelMix7(4 * width)) for own in ({"value_rank": None}, {}))
-    return assemble(vocab, width, Provide(FIRST, first, "layers/0/layer/value"), Repeat(rest, depth - 1))
+    """`fields` are those of `RWKV7`, in all layers but the first; at least two layers."""
+    one = block(RWKV7(**fields), ChannelMix7(4 * width))
+    return assemble(vocab, width, publishing(one), Repeat(one, depth - 1))
+
+
+def publishing(one: Sequence) -> Provide:
+    """RWKV-7's first block, made of one of the others: it takes no values, and hands its own to them."""
+    return Provide(FIRST, one.set("layers.0.layer.value_rank", None), trace="layers/0/layer/value")
 
 
 def assemble(vocab: int, width: int, *blocks: LayerConfig) -> LanguageModel:
