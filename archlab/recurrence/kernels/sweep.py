@@ -39,7 +39,7 @@ def sweep(body: Callable, letters: str, carry: list[jax.Array], arrays: list[jax
     def spec(word, shape):
         block = {"B": lambda size: None, "H": lambda size: None, "F": lambda size: size // heads,
                  "C": lambda size: 1 if tpu else size}
-        place = {"B": lambda size, b, h, c: b, "H": lambda size, b, h, c: h // (heads // size),
+        place = {"B": lambda size, b, h, c: b, "H": lambda size, b, h, c: jax.lax.div(h, heads // size),
                  "F": lambda size, b, h, c: h, "C": lambda size, b, h, c: order(c) if tpu else 0}
 
         def index(b, h, c=0):

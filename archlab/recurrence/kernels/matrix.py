@@ -1,0 +1,157 @@
+"""Kernels of matrix states: a chunk's rule, and its gradient, run on the chip.
+
+A rule is a function of values on the chip, `rule(S, *blocks) -> (S, y)`: products of matrices in place of a chunk's
+steps. The forward kernel takes it from chunk to chunk and keeps each chunk's first state. The backward kernel runs its
+transpose (`jax.vjp` of the rule, traced inside the kernel) from the last chunk to the first, computing again what lies
+within a chunk. So the gradient keeps one state a chunk, and each rule is written once.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from archlab.recurrence.kernels.sweep import on_gpu, sweep
+
+FORGET = -1e4  # log-decay at a document's first token: its exponential is 0, of any sum with it too
+
+
+def fits(S: jax.Array, length: int, size: int = 64, platform: str | None = None) -> bool:
+    """States of 32 bits and at most 256 x 256, and at least one whole chunk. Triton knows powers of 2 only, and the
+    registers of a GPU's multiprocessor end at 128 x 128."""
+    keys, values = S.shape[-2:]
+    if S.dtype != jnp.float32 or length < size:
+        return False
+    if on_gpu(platform):
+        return all(16 <= n <= 128 and n & (n - 1) == 0 for n in (keys, values))
+    return max(keys, values) <= 256
+
+
+def through_chunks(rule: Callable, arrays: list[jax.Array], S: jax.Array, size: int, platform: str | None = None,
+                   interpret: bool = False):
+    """`rule` over a piece.
+
+    Args: arrays [B, H, T, ...], or of G groups of the heads; with no further axis, blocks come as rows [1, size], else
+      as [size, N]; where they are zero the rule must leave the state as it is. S [B, H, N, P]. size: steps to a chunk,
+      a power of 2. platform: "tpu", "gpu", or None for the one in use.
+    Returns: y [B, H, T, P] and the last S.
+    """
+    length = arrays[0].shape[2]
+    size = min(size, 1 << (length - 1).bit_length())
+
+    def cut(a):
+        a = jnp.pad(a, [(0, 0), (0, 0), (0, -length % size)] + [(0, 0)] * (a.ndim - 3))
+        row = (1, size) if a.ndim == 3 else (size,)
+        return a.reshape(*a.shape[:2], -1, *row, *a.shape[3:])
+
+    y, S = _run(rule, (platform, interpret), S, *map(cut, arrays))
+    return y.reshape(*y.shape[:2], -1, y.shape[-1])[:, :, :length], S
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _run(rule, where, S, *arrays):
+    return _sweep(rule, where, S, arrays, keep=False)[:2]
+
+
+def _forward(rule, where, S, *arrays):
+    y, last, firsts = _sweep(rule, where, S, arrays, keep=True)
+    return (y, last), (firsts, arrays)
+
+
+def _sweep(rule, where, S, arrays, keep):
+    """y and the last state; and, where they are kept, the states before each chunk."""
+    batch, heads, N, P = S.shape
+    chunks, size = arrays[0].shape[2], arrays[0].shape[-2] if arrays[0].shape[-2] > 1 else arrays[0].shape[-1]
+
+    def body(c, carry, *refs):
+        (S,), blocks, outs = carry, refs[:len(arrays)], refs[len(arrays):]
+        if keep:
+            outs[1][c] = S
+        S, outs[0][c] = rule(S, *(ref[c] for ref in blocks))
+        return [S]
+
+    shapes = [(size, P), (N, P)] if keep else [(size, P)]
+    outs = [jax.ShapeDtypeStruct((batch, heads, chunks, *shape), S.dtype) for shape in shapes]
+    letters = " ".join(["BHnp", *["BHCtn"] * (len(arrays) + len(outs))])
+    (last,), outs = sweep(body, letters, [S], list(arrays), outs, heads=heads, platform=where[0], interpret=where[1])
+    return outs[0], last, *outs[1:]
+
+
+def _backward(rule, where, kept, gradients):
+    firsts, arrays = kept
+    dy, dS = gradients
+    heads = dS.shape[1]
+
+    def body(c, carry, dy, first, *refs):
+        blocks, outs = refs[:len(arrays)], refs[len(arrays):]
+        _, pull = jax.vjp(rule, first[c], *(ref[c] for ref in blocks))
+        dS, *grads = pull((carry[0], dy[c]))
+        for out, grad in zip(outs, grads):
+            out[c] = grad
+        return [dS]
+
+    outs = [jax.ShapeDtypeStruct((a.shape[0], heads, *a.shape[2:]), a.dtype) for a in arrays]
+    letters = " ".join(["BHnp", *["BHCtn"] * (2 + 2 * len(arrays))])
+    (dS,), grads = sweep(body, letters, [dS], [dy, firsts, *arrays], outs, heads=heads, reverse=True,
+                         platform=where[0], interpret=where[1])
+    group = lambda g, a: g.reshape(*a.shape[:2], -1, *a.shape[2:]).sum(2)  # over the heads that share a block
+    return dS, *map(group, grads, arrays)
+
+
+_run.defvjp(_forward, _backward)
+
+
+# What rules are made of. Products on the chip: [t, n] arrays of a chunk, no others, as Triton wants.
+
+
+def dot(a, b, contract: str = "nn"):
+    """a b ("nn"), a b^T ("nt") or a^T b ("tn"), with products and sums in the dtype of a, or float32 if that is wider.
+    HIGHEST, because the units of GPUs and TPUs would round the state."""
+    axes = {"nn": ((1,), (0,)), "nt": ((1,), (1,)), "tn": ((0,), (0,))}[contract]
+    return jax.lax.dot_general(a, b, (axes, ((), ())), precision=jax.lax.Precision.HIGHEST,
+                               preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
+
+
+def places(size: int):
+    """Two [size, size] arrays of int32: the number of the row, and that of the column."""
+    return tuple(jax.lax.broadcasted_iota(jnp.int32, (size, size), axis) for axis in (0, 1))
+
+
+def column(row):
+    """[1, n] to [n, 1], without the transpose of a thin array."""
+    i, j = places(row.shape[1])
+    return jnp.where(i == j, row, 0).sum(1, keepdims=True)
+
+
+def decays(g):
+    """From log-decays [1, t] of a chunk's steps, four decays. Each is the exponential of a sum of the steps that lie
+    between, never of a difference of sums: so none is above 1, and no digits are lost where decays are strong.
+
+    Returns: from the beginning through each step [t, 1]; from step s (exclusive) through step t [t, s], 0 where s > t;
+      from each step (exclusive) through the end [t, 1]; of the whole chunk [1, 1].
+    """
+    t, s = places(g.shape[1])
+    after = jnp.where(s > t, g, 0)  # [s, r]: the log-decays of steps r after s
+    through = jnp.where(s <= t, g, 0).sum(1, keepdims=True)
+    between = dot(jnp.where(s <= t, 1, 0).astype(g.dtype), after, "nt")  # sum over r <= t
+    whole = jnp.exp(g.sum(1, keepdims=True))
+    return jnp.exp(through), jnp.where(s <= t, jnp.exp(between), 0), jnp.exp(after.sum(1, keepdims=True)), whole
+
+
+@jax.custom_jvp
+def inverse(A):
+    """(1 + A)^-1 of a strictly lower triangular A: the inverses of blocks on the diagonal, each twice as large as those
+    before. Unlike a product of powers of A it stays exact where the keys of a chunk are alike."""
+    i, j = places(A.shape[0])
+    X = jnp.where(i == j, 1, 0).astype(A.dtype)
+    for level in range((A.shape[0] - 1).bit_length()):
+        below = ((i >> level) == (j >> level) + 1) & (((i >> level) & 1) == 1)
+        X = X - dot(dot(X, jnp.where(below, A, 0)), X)
+    return X
+
+
+@inverse.defjvp
+def _inverse_jvp(primals, tangents):
+    X = inverse(*primals)
+    return X, -dot(dot(X, tangents[0]), X)
