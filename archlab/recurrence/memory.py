@@ -113,3 +113,16 @@ def documents_of(starts: Bool[Array, "B T"], size: int) -> Documents:
     before = jnp.pad(after[:, :, :-1], ((0, 0), (0, 0), (1, 0), (0, 0)))  # 0: the document of the state
     return Documents(number[..., :, None] == number[..., None, :], number == before, number == after,
                      (before == after)[..., 0])
+
+
+def chunk_by_chunk(chunk: Callable, size: int, starts: Bool[Array, "B T"], S: Float[Array, "B H N P"],
+                   *arrays: jax.Array):
+    """A scan over chunks: `chunk(S, documents, *now) -> (S, y [B, H, Q, P])` over arrays [B, H, T, ...].
+
+    `documents` has no axis C here. The backward pass keeps the state before each chunk, and computes the rest again.
+    """
+    length = starts.shape[1]
+    size = chunk_length(length, size)
+    steps = jax.tree.map(lambda a: jnp.moveaxis(a, 2, 0), (documents_of(starts, size), *(cut(a, size) for a in arrays)))
+    S, y = jax.lax.scan(jax.checkpoint(lambda S, now: chunk(S, *now), prevent_cse=False), S, steps)
+    return join(jnp.moveaxis(y, 0, 2), length), S
