@@ -38,6 +38,7 @@ ROUNDED = {
     "retnet-1.3b": 1.3,
     "retnet-2.7b": 2.7,
     "retnet-6.7b": 6.7,
+    "minimax-01-456b": 456,
 }
 
 
