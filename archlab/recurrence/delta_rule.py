@@ -7,12 +7,15 @@ DeltaNet (arXiv:2412.06464) with one number per head and token. Keys of length 1
 up to 2 lets the transition's eigenvalue along the key be negative (arXiv:2411.12537).
 """
 
+import functools
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from archlab.layers.contract import Tokens
-from archlab.recurrence.forms import Form, Sequential
-from archlab.recurrence.memory import MemoryState, dot, per_head, remember, step_by_step
+from archlab.recurrence.forms import Chunked, Form, Sequential
+from archlab.recurrence.memory import MemoryState, chunk_by_chunk, dot, per_head, remember, step_by_step
+from archlab.recurrence.triangular import unit_inverse
 
 
 def delta_rule(q: Float[Array, "B G T N"], k: Float[Array, "B G T N"], v: Float[Array, "B H T P"],
@@ -20,10 +23,15 @@ def delta_rule(q: Float[Array, "B G T N"], k: Float[Array, "B G T N"], v: Float[
                form: Form | None = None):
     """The recurrence over a piece.
 
-    Args: q, k: of each head, or of G groups of heads; beta: the share that is written; log_decay: g, not above 0.
+    Args: q, k: of each head, or of G groups of heads; beta: the share that is written; log_decay: g, not above 0;
+      form: `Sequential()` or `Chunked(size)`.
     Returns: y [B, H, T, P] in the dtype of the state, and the state after the piece.
     """
-    run = sequential
+    form = form or Chunked(32)
+    if not isinstance(form, Sequential | Chunked):
+        raise ValueError(f"form = {form}: the delta rule is computed by Sequential() or Chunked(size)")
+    step = isinstance(form, Sequential) or v.shape[2] == 1
+    run = sequential if step else functools.partial(chunked, size=form.size)
     return remember(run, "BHT BHT", q, k, v, beta, log_decay, tokens=tokens, state=state)
 
 
@@ -36,3 +44,31 @@ def sequential(q, k, v, beta, g, starts, S):
         return S, dot("BHN,BHNP->BHP", q, S)
 
     return step_by_step(step, starts, S, per_head(q, v.shape[1]), per_head(k, v.shape[1]), v, beta, g)
+
+
+def chunked(q, k, v, beta, g, starts, S, size: int):
+    """`size` steps at once."""
+    return chunk_by_chunk(_chunk, size, starts, S, q, k, v, beta, g)
+
+
+def _chunk(S, documents, q, k, v, beta, g):
+    """One chunk of Q tokens. With c the sum of g up to a token, the corrections u_t = beta_t (v_t - k_t S'_t) solve
+
+        u_t + beta_t sum_{s < t} exp(c_t - c_s) (k_t . k_s) u_s = beta_t (v_t - exp(c_t) k_t S)
+
+    for all t at once, and from there on this is linear attention that decays, with the values u.
+    """
+    v, beta, g, matrix = (a.reshape(*k.shape[:2], -1, *a.shape[2:]) for a in (v, beta, g, S))  # R heads a group
+    together, with_before = documents.together[:, None], documents.with_before[:, None]
+    c = jnp.cumsum(jnp.maximum(g, -40), -1)  # exp(-40) is nothing to any sum, and infinities have no difference
+    decay = c[..., :, None] - c[..., None, :]
+    decay = jnp.exp(jnp.where(jnp.tril(together), decay, -jnp.inf))
+    before = jnp.exp(jnp.where(with_before, c, -jnp.inf))[..., None]
+    beta = beta[..., None]
+
+    keys, queries = (dot("BGTN,BGSN->BGTS", a, k)[:, :, None] for a in (k, q))
+    recalled, answered = (before * dot("BGTN,BGRNP->BGRTP", a, matrix) for a in (k, q))
+    u = dot("BGRTS,BGRSP->BGRTP", unit_inverse(beta * keys * decay), beta * (v - recalled))
+    y = answered + dot("BGRTS,BGRSP->BGRTP", queries * decay, u)
+    written = dot("BGTN,BGRTP->BGRNP", k, decay[..., -1, :, None] * u)
+    return (before[..., -1:, :] * matrix + written).reshape(S.shape), y.reshape(S.shape[0], -1, *y.shape[3:])

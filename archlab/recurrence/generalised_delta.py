@@ -6,12 +6,20 @@ RWKV-7's generalised delta rule (Peng et al. 2025, arXiv:2503.14456, section 4):
 one. There a = -kk, b = kk * rate, with kk of length 1.
 """
 
+import functools
+
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from archlab.layers.contract import Tokens
-from archlab.recurrence.forms import Form, Sequential
-from archlab.recurrence.memory import MemoryState, dot, remember, step_by_step
+from archlab.recurrence.forms import Chunked, Form, Sequential
+from archlab.recurrence.memory import MemoryState, chunk_by_chunk, dot, remember, step_by_step
+from archlab.recurrence.triangular import unit_inverse
+
+# How far a channel may decay within a chunk that is computed at once, as a logarithm: its factors reach exp(+-64), and
+# so stay well within float32. RWKV-7, whose g is above -0.61, never gets there.
+STRONGEST = 128
 
 
 def generalised_delta(q: Float[Array, "B H T N"], k: Float[Array, "B H T N"], v: Float[Array, "B H T P"],
@@ -19,10 +27,16 @@ def generalised_delta(q: Float[Array, "B H T N"], k: Float[Array, "B H T N"], v:
                       tokens: Tokens, state: MemoryState, form: Form | None = None):
     """The recurrence over a piece.
 
-    Args: a: where the state is read for the correction; b: where it is written; log_decay: g, not above 0.
+    Args: a: where the state is read for the correction; b: where it is written; log_decay: g, not above 0, as strong as
+      one likes: but chunks in which a channel's sum is below -128 are computed step by step, which takes several times
+      as long; form: `Sequential()` or `Chunked(size)`.
     Returns: y [B, H, T, P] in the dtype of the state, and the state after the piece.
     """
-    run = sequential
+    form = form or Chunked(32)
+    if not isinstance(form, Sequential | Chunked):
+        raise ValueError(f"form = {form}: the generalised delta rule is computed by Sequential() or Chunked(size)")
+    step = isinstance(form, Sequential) or v.shape[2] == 1
+    run = sequential if step else functools.partial(chunked, size=form.size)
     return remember(run, "BHTN BHTN BHTN", q, k, v, a, b, log_decay, tokens=tokens, state=state)
 
 
@@ -34,3 +48,49 @@ def sequential(q, k, v, a, b, g, starts, S):
         return S, dot("BHN,BHNP->BHP", q, S)
 
     return step_by_step(step, starts, S, q, k, v, a, b, g)
+
+
+def chunked(q, k, v, a, b, g, starts, S, size: int):
+    """`size` steps at once."""
+    def chunk(S, documents, starts, *now):
+        def steps(S, *now):
+            y, S = sequential(*now, starts[:, 0], S)
+            return S, y
+
+        mild = jnp.min(now[-1].sum(2)) >= -STRONGEST
+        at_once = functools.partial(_chunk, documents=documents)
+        return jax.lax.cond(mild, jax.checkpoint(at_once), jax.checkpoint(steps), S, *now)
+
+    g = jnp.where(starts[:, None, :, None], 0, g)  # what is forgotten need not decay
+    return chunk_by_chunk(chunk, size, starts, S, starts[:, None], q, k, v, a, b, g)
+
+
+def _chunk(S, q, k, v, a, b, g, documents):
+    """One chunk of Q tokens. With c the sum of g up to a token, the corrections w_t = a_t S_{t-1} solve
+
+        w_t = a_t exp(c_{t-1}) S + sum_{s < t} (a_t exp(c_{t-1} - c_s) . b_s) w_s + (a_t exp(c_{t-1} - c_s) . k_s) v_s
+
+    for all t at once. The decay from s to t is the product of two factors, exp(c_t - m) and exp(m - c_s), with m half
+    the sum of the chunk, so that neither is large.
+    """
+    Q = q.shape[2]
+    c = jnp.cumsum(g, 2)
+    end = c[:, :, -1:]
+    late, early = jnp.exp(c - end / 2), jnp.exp(end / 2 - c)
+    reads = jnp.concatenate([a * jnp.exp(c - g - end / 2), q * late], 2)
+    writes = jnp.concatenate([b * early, k * early], 2)
+
+    column = lambda decay: jnp.swapaxes(jnp.exp(decay), 2, 3)
+    twice = lambda mask, axis: jnp.concatenate([mask, mask], axis)
+    seen = twice(jnp.concatenate([jnp.tril(documents.together, -1), jnp.tril(documents.together)], 2), 3)
+    meet = jnp.where(seen, dot("BHTN,BHSN->BHTS", reads, writes), 0)
+    past = dot("BHTN,BHNP->BHTP", reads, column(end / 2) * S)
+    past = jnp.where(twice(documents.with_before, 2)[..., None], past, 0)
+    product = functools.partial(dot, "BHTS,BHSP->BHTP")
+    w = product(unit_inverse(-meet[:, :, :Q, :Q]), past[:, :, :Q] + product(meet[:, :, :Q, Q:], v))
+
+    values = jnp.concatenate([w, v], 2)
+    y = past[:, :, Q:] + product(meet[:, :, Q:], values)
+    values = jnp.where(twice(documents.with_after, 2)[..., None], values, 0)
+    S = jnp.where(documents.through[..., None, None], column(end) * S, 0)
+    return S + column(end / 2) * dot("BHSN,BHSP->BHNP", writes, values), y
