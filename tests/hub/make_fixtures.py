@@ -328,6 +328,8 @@ def make(name):
     if name in LONG:
         given["ids_long"] = torch.randint(3, 64, (2, 40), generator=source)
         given["logits_long"] = logits_of(model, given["ids_long"], given)
+    if hasattr(model, "rwkv"):
+        model.train().rwkv._rescale_layers()  # takes back what its first pass at inference did to the weights
     shutil.rmtree(folder, ignore_errors=True)
     model.to(dtype).save_pretrained(folder, max_shard_size=SHARDS.get(name, "1GB"))
     (folder / "generation_config.json").unlink(missing_ok=True)

@@ -33,13 +33,15 @@ def read(f):
     f.take("context_length")  # how long a text its CUDA kernel takes
     f.take("rescale_every")
     one = block(RWKV4(), ChannelMix4(f.take("intermediate_size") or 4 * width), norm)
-    return read_decoder(f, [one] * f.take("num_hidden_layers"), norm, (Normalise(norm),))
+    # The last norm has an epsilon of its own, whatever the config says.
+    return read_decoder(f, [one] * f.take("num_hidden_layers"), LayerNorm(1e-5), (Normalise(norm),))
 
 
 def write(config):
     mixes = each(config, ChannelMix4)
     return {**write_decoder(config), "num_hidden_layers": len(mixes), "attention_hidden_size": config.width,
-            "intermediate_size": mixes[0].hidden, "layer_norm_epsilon": config.norm.eps, "rescale_every": 0}
+            "intermediate_size": mixes[0].hidden, "layer_norm_epsilon": each(config, Normalise)[0].norm.eps,
+            "rescale_every": 0}
 
 
 FAMILY = Family(("rwkv",), "RwkvForCausalLM", DEFAULTS, read, write, OUTER, (Blocks(BLOCK, "rwkv.blocks.{i}."),),
