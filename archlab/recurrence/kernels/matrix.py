@@ -106,11 +106,9 @@ _run.defvjp(_forward, _backward)
 
 
 def dot(a, b, contract: str = "nn"):
-    """a b ("nn"), a b^T ("nt") or a^T b ("tn"), with products and sums in the dtype of a, or float32 if that is wider.
-    HIGHEST, because the units of GPUs and TPUs would round the state."""
+    """a b ("nn"), a b^T ("nt") or a^T b ("tn"), in the precision that `sweep` sets."""
     axes = {"nn": ((1,), (0,)), "nt": ((1,), (1,)), "tn": ((0,), (0,))}[contract]
-    return jax.lax.dot_general(a, b, (axes, ((), ())), precision=jax.lax.Precision.HIGHEST,
-                               preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
+    return jax.lax.dot_general(a, b, (axes, ((), ())), preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
 
 
 def places(size: int):

@@ -72,7 +72,10 @@ def sweep(body: Callable, letters: str, carry: list[jax.Array], arrays: list[jax
                              interpret=interpret)
     if tpu:
         parameters = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"))
-        results = call(in_grid, grid=(batch, heads, chunks), compiler_params=parameters)(*carry, *arrays)
+        call = call(in_grid, grid=(batch, heads, chunks), compiler_params=parameters)
     else:
-        results = call(in_loop, grid=(batch, heads), compiler_params=triton.CompilerParams())(*carry, *arrays)
+        call = call(in_loop, grid=(batch, heads), compiler_params=triton.CompilerParams(num_stages=1))
+    # Products of float32 as such: tensor cores do them in three parts, where plain ones would do without these cores.
+    with jax.default_matmul_precision("highest" if tpu or interpret else "TF32_TF32_F32_X3"):
+        results = call(*carry, *arrays)
     return results[:n], results[n:]
