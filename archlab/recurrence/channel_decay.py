@@ -10,11 +10,12 @@ RWKV-5 and RWKV-6 (arXiv:2404.05892), which read before they forget and write.
 import functools
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from archlab.layers.contract import Tokens
-from archlab.recurrence.forms import Form, Sequential
-from archlab.recurrence.memory import MemoryState, dot, remember, step_by_step
+from archlab.recurrence.forms import Chunked, Form, Sequential
+from archlab.recurrence.memory import LEAST, MemoryState, chunk_by_chunk, dot, remember, step_by_step
 
 
 def channel_decay(q: Float[Array, "B H T N"], k: Float[Array, "B H T N"], v: Float[Array, "B H T P"],
@@ -22,10 +23,15 @@ def channel_decay(q: Float[Array, "B H T N"], k: Float[Array, "B H T N"], v: Flo
                   bonus: Float[Array, "H N"] | None = None, form: Form | None = None):
     """The recurrence over a piece.
 
-    Args: log_decay: g, not above 0; as strong as one likes. bonus: u.
+    Args: log_decay: g, not above 0; as strong as one likes. bonus: u; form: `Sequential()`
+      or `Chunked(size)`.
     Returns: y [B, H, T, P] in the dtype of the state, and the state after the piece.
     """
-    run = sequential
+    form = form or Chunked(16)
+    if not isinstance(form, Sequential | Chunked):
+        raise ValueError(f"form = {form}: channel_decay is computed by Sequential() or Chunked(size)")
+    step = isinstance(form, Sequential) or v.shape[2] == 1
+    run = sequential if step else functools.partial(chunked, size=form.size)
     if bonus is None:
         return remember(run, "BHTN", q, k, v, log_decay, tokens=tokens, state=state)
     # Reading before the write is reading the state of the token before: what the token itself adds is known.
@@ -42,3 +48,45 @@ def sequential(q, k, v, g, starts, S, before: bool = False):
         return new, dot("BHN,BHNP->BHP", q, S if before else new)
 
     return step_by_step(step, starts, S, q, k, v, g)
+
+
+def chunked(q, k, v, g, starts, S, size: int, before: bool = False):
+    """`size` steps at once."""
+    return chunk_by_chunk(functools.partial(_chunk, before=before), size, starts, S, q, k, v, g)
+
+
+def _chunk(S, documents, q, k, v, g, before: bool):
+    """Products of matrices need the decay from s to t as a factor of s times a factor of t. So each pair of tokens meets
+    at a place between them, and the factors are the decays from s to that place and from there to t: neither can
+    overflow, however strong the decay. `meetings` says where that is.
+    """
+    sums, late, meet = meetings(q.shape[2], before)
+    left = jnp.exp(dot("XTR,BHRN->BHXTN", sums.astype(g.dtype), jnp.maximum(g, LEAST)))
+    factors = jnp.where(late, q[:, :, None], k[:, :, None]) * left[:, :, :-2]
+    scores = jnp.where(meet, dot("BHXTN,BHXSN->BHXTS", factors, factors), 0).sum(2)
+    if not before:
+        scores = scores + jnp.eye(q.shape[2], dtype=g.dtype) * (q * k).sum(-1, keepdims=True)
+    scores = jnp.where(documents.together, scores, 0)
+    q = jnp.where(documents.with_before[..., None], q * left[:, :, -2], 0)
+    k = jnp.where(documents.with_after[..., None], k * left[:, :, -1], 0)
+    y = dot("BHTS,BHSP->BHTP", scores, v) + dot("BHTN,BHNP->BHTP", q, S)
+    kept = jnp.where(documents.through[..., None], jnp.exp(g.sum(2)), 0)
+    return kept[..., None] * S + dot("BHSN,BHSP->BHNP", k, v), y
+
+
+def meetings(Q: int, before: bool):
+    """Where tokens s < t of a chunk meet: cut into blocks of 1, 2, 4, ... tokens, they are in neighbours of one pair at
+    exactly one size of block, an early one and a late one, and meet between the two.
+
+    Returns: sums [X + 2, Q, Q]: which g a token t sums up, for X sizes: from the beginning of its block if that is late
+      in its pair (to and with its own g; without it, if before), to the end of its block if that is early; and for the
+      states, from the beginning of the chunk, and to its end. late [X, Q, 1]; meet [X, Q, Q] at [t, s].
+    """
+    t, r = np.ogrid[:Q, :Q]
+    until, after = r < t if before else r <= t, r > t
+    sizes = [2**x for x in range((Q - 1).bit_length())]
+    late = [t // size % 2 == 1 for size in sizes]
+    sums = [(t // size == r // size) & np.where(odd, until, after) for size, odd in zip(sizes, late)]
+    meet = [odd & (t // size - 1 == r // size) for size, odd in zip(sizes, late)]
+    stack = lambda rows, columns: np.array(rows, bool).reshape(len(rows), Q, columns)
+    return stack([*sums, until, after], Q), stack(late, 1), stack(meet, Q)

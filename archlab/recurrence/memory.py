@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from archlab.layers.contract import Tokens, document_starts, pytree
@@ -17,6 +18,8 @@ from archlab.layers.sharding import free_axes, per_shard
 
 # HIGHEST, because the dots of GPUs and TPUs would round the state.
 dot = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+
+LEAST = -1e4  # of logarithms of decays: exp of it is 0, and it may be multiplied by 0 where -inf may not
 
 
 @pytree
@@ -113,6 +116,27 @@ def documents_of(starts: Bool[Array, "B T"], size: int) -> Documents:
     before = jnp.pad(after[:, :, :-1], ((0, 0), (0, 0), (1, 0), (0, 0)))  # 0: the document of the state
     return Documents(number[..., :, None] == number[..., None, :], number == before, number == after,
                      (before == after)[..., 0])
+
+
+def sums_between(g: Float[Array, "... Q"]) -> Float[Array, "... Q Q"]:
+    """At [t, s]: the sum of g over s < r <= t, 0 where there is none.
+
+    A product with a table of 0 and 1, because differences of running sums would lose digits after a strong decay.
+    """
+    Q = g.shape[-1]
+    t, s, r = np.ogrid[:Q, :Q, :Q]
+    table = ((s < r) & (r <= t)).reshape(Q * Q, Q).astype(g.dtype)
+    return dot("...r,xr->...x", jnp.maximum(g, LEAST), table).reshape(*g.shape, Q)
+
+
+def decays(g: Float[Array, "B H Q"], documents: Documents):
+    """What one number per token leaves, within a chunk: of what s has written, to t; and of the state before.
+
+    Returns: within [B, H, Q, Q] at [t, s], 0 where s > t and across documents; before [B, H, Q] at t.
+    """
+    within = jnp.where(jnp.tril(documents.together), sums_between(g), -jnp.inf)
+    before = jnp.where(documents.with_before, jnp.cumsum(jnp.maximum(g, LEAST), -1), -jnp.inf)
+    return jnp.exp(within), jnp.exp(before)
 
 
 def chunk_by_chunk(chunk: Callable, size: int, starts: Bool[Array, "B T"], S: Float[Array, "B H N P"],

@@ -12,18 +12,24 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from archlab.layers.contract import Tokens
-from archlab.recurrence.forms import Form, Sequential
-from archlab.recurrence.memory import MemoryState, dot, per_head, remember, step_by_step
+from archlab.recurrence.forms import Chunked, Form, Sequential
+from archlab.recurrence.memory import (MemoryState, chunk_by_chunk, decays, dot, per_head, remember,
+                                       step_by_step)
 
 
 def scalar_decay(q: Float[Array, "B G T N"], k: Float[Array, "B G T N"], v: Float[Array, "B H T P"],
                  log_decay: Float[Array, "B H T"], tokens: Tokens, state: MemoryState, form: Form | None = None):
     """The recurrence over a piece.
 
-    Args: q, k: of each head, or of G groups of heads; log_decay: g, not above 0.
+    Args: q, k: of each head, or of G groups of heads; log_decay: g, not above 0;
+      form: `Sequential()` or `Chunked(size)`.
     Returns: y [B, H, T, P] in the dtype of the state, and the state after the piece.
     """
-    run = sequential
+    form = form or Chunked(32)
+    if not isinstance(form, Sequential | Chunked):
+        raise ValueError(f"form = {form}: scalar_decay is computed by Sequential() or Chunked(size)")
+    step = isinstance(form, Sequential) or v.shape[2] == 1
+    run = sequential if step else functools.partial(chunked, size=form.size)
     return remember(run, "BHT", q, k, v, log_decay, tokens=tokens, state=state)
 
 
@@ -34,3 +40,18 @@ def sequential(q, k, v, g, starts, S):
         return S, dot("BHN,BHNP->BHP", q, S)
 
     return step_by_step(step, starts, S, per_head(q, v.shape[1]), per_head(k, v.shape[1]), v, g)
+
+
+def chunked(q, k, v, g, starts, S, size: int):
+    """`size` steps at once."""
+    return chunk_by_chunk(_chunk, size, starts, S, q, k, v, g)
+
+
+def _chunk(S, documents, q, k, v, g):
+    """What is read is the chunk's own keys, as attention without a softmax that decays, and the state before it."""
+    within, before = decays(g, documents)
+    scores = within * per_head(dot("BGTN,BGSN->BGTS", q, k), v.shape[1])
+    q, k = per_head(q, v.shape[1]), per_head(k, v.shape[1])
+    y = dot("BHTS,BHSP->BHTP", scores, v) + dot("BHTN,BHNP->BHTP", before[..., None] * q, S)
+    written = dot("BHSN,BHSP->BHNP", within[..., -1, :, None] * k, v)
+    return before[..., -1, None, None] * S + written, y
