@@ -18,6 +18,7 @@ from archlab.layers.repeat import Repeat
 from archlab.layers.sequence import Sequence
 from archlab.model import LanguageModel
 from archlab.recurrence.mamba import Mamba
+from archlab.recurrence.rg_lru import RGLRU
 
 FOREIGN = 1000  # more than any number of fields in which a config of a family's own form differs
 
@@ -162,6 +163,8 @@ def settled(config: LanguageModel) -> LanguageModel:
             node = dataclasses.replace(node, jitter=0.0, balance_rate=float(node.balance_rate > 0))
         if isinstance(node, Mamba):
             node = dataclasses.replace(node, dt_rank=node.rank(config.width))
+        if isinstance(node, RGLRU):
+            node = dataclasses.replace(node, channels=node.channels or config.width, init="code")
         if hasattr(node, "form"):  # of a recurrence: how, not what
             node = dataclasses.replace(node, form=None)
         if isinstance(node, Repeat):

@@ -69,7 +69,7 @@ class RGLRUState:
 
 
 class RGLRUModule(Layer):
-    """Weights: into and gate [D, F], conv, read and forget [blocks, F/blocks, F/blocks] (W_x and W_a), decay [F], out
+    """Weights: into and gate [D, F], conv, read and forget [blocks, F/blocks, F/blocks] (W_x and W_a), decay [F], merge
     [F, D]; and their biases. Trace: decay [B, T], the mean a_t over channels."""
 
     def __init__(self, config: RGLRU, rngs: nnx.Rngs, at: Place):
@@ -84,8 +84,8 @@ class RGLRUModule(Layer):
         self.read_bias = parameter(rngs, "->..", (blocks, K))
         self.forget_bias = parameter(rngs, "->..", (blocks, K))
         self.decay = parameter(rngs, "->F", (F,), _decays if config.init == "code" else _slow_decays)
-        self.out = parameter(rngs, "F->D", (F, D), scale=2 * residual_scale(at))  # variance 2 / blocks of two branches
-        self.out_bias = parameter(rngs, "->D", (D,))
+        self.merge = parameter(rngs, "F->D", (F, D), scale=2 * residual_scale(at))  # its variance is 2 / (layers F)
+        self.merge_bias = parameter(rngs, "->D", (D,))
         self.form = config.form
 
     def init_state(self, batch, max_length, dtype=jnp.float32, memory=None):
@@ -104,7 +104,7 @@ class RGLRUModule(Layer):
         h, hidden = diagonal(a, b, tokens, past.hidden, self.form)
 
         y = jax.nn.gelu(gate, approximate=True) * h.astype(x.dtype)
-        y = add_bias(project(y, self.out, "BTF,FD->BTD"), self.out_bias)
+        y = add_bias(project(y, self.merge, "BTF,FD->BTD"), self.merge_bias)
         aux = Aux(traces={"decay": jnp.where(tokens.real, a.mean(-1), 0)})
         return y, None if state is None else RGLRUState(conv, hidden), aux
 

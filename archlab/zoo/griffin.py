@@ -37,7 +37,6 @@ def recurrent_gemma(width: int, depth: int, heads: int, scale: float) -> Languag
 
 
 CONFIGS = {
-    "hawk-nano": griffin(24, 2, 3, pattern="R"),
     "hawk-tiny": griffin(128, 6, 4, pattern="R"),
     "hawk-small": griffin(320, 6, 5, 400, pattern="R", vocab=512),
     "griffin-nano": griffin(24, 3, 3, 36, window=6),

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.hub.mixtures import (ABSENT, IDS, MIXTURES, MIXTURES_OLDER, MIXTURES_PUBLISHED, fan_in, publish, rope,
                                 routing, through_fp4, watch)
-from tests.hub.recurrents import RECURRENTS
+from tests.hub.recurrents import RECURRENTS, RECURRENTS_OLDER
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -162,6 +162,7 @@ OLDER = {  # written in the older words too, with these fields beyond the renami
     "gemma": dict(hidden_act="gelu"),  # which means its approximation by tanh
     "gemma3": dict(sliding_window_pattern=3), "cohere2": dict(sliding_window_pattern=3),
     "t5-gated": dict(tie_word_embeddings=False), "mt5": dict(tie_word_embeddings=False), **MIXTURES_OLDER,
+    **RECURRENTS_OLDER,
 }
 
 
@@ -195,7 +196,7 @@ def randomise(model, source):
                 weight.data = 0.2 * noise
             elif "Norm" in kind:
                 sign = torch.randint(0, 2, weight.shape, generator=source) * 2 - 1  # else a tied head repeats its input
-                weight.data = (1 + 0.3 * noise) * sign - (1 if kind.startswith("Gemma") else 0)  # Gemma adds 1 to it
+                weight.data = (1 + 0.3 * noise) * sign - (1 if "Gemma" in kind else 0)  # Gemma adds 1 to it
             elif weight.ndim == 1:  # sinks, decay rates, skips
                 weight.data = noise
             elif isinstance(module, torch.nn.Embedding):

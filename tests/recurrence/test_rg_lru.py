@@ -1,4 +1,4 @@
-"""RG-LRU and its block against a slow float64 loop written from the paper, both initialisations, the root's gradient."""
+"""RG-LRU and its block against a slow float64 loop written from the paper, its initialisations, its root's gradient."""
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ def reference(w, x):
         a = np.exp(-softplus(w["decay"])) ** (8 * by_block(u, "forget"))
         b = by_block(u, "read") * u
         h = b if t == 0 else a * h + np.sqrt(1 - a**2) * b
-        y.append((gelu(token @ w["gate"] + w["gate_bias"]) * h) @ w["out"] + w["out_bias"])
+        y.append((gelu(token @ w["gate"] + w["gate_bias"]) * h) @ w["merge"] + w["merge_bias"])
     return np.stack(y)
 
 
@@ -49,7 +49,7 @@ def test_decays_at_the_start(init, power):
 def test_published_initialisation():
     p = parameters_of(RGLRU(16).build(nnx.Rngs(0), Place(1024, 0, 8)))
     variance = {"into": 1 / 1024, "gate": 1 / 1024, "read": 16 / 1024, "forget": 16 / 1024, "conv/weight": 0.01 / 4,
-                "out": (2 / 4) / 1024}  # 2 / layers, of two branches each
+                "merge": (2 / 4) / 1024}  # 2 / layers, of two branches each
     for path, parameter in p.items():
         if path != "decay":
             assert np.var(parameter[...]) == pytest.approx(variance.get(path, 0), rel=0.1), path

@@ -18,7 +18,12 @@ TOTALS = {
     "mamba2-780m": 780_161_280,
     "mamba2-1.4b": 1_343_757_312,
     "mamba2-2.7b": 2_702_599_680,
+    "recurrentgemma-2b": 2_682_862_080,
+    "recurrentgemma-9b": 8_579_977_216,
+    "xlstm-7b": 6_865_424_896,
     # derived from the authors' configs; the names count one of the two tables at most
+    "hawk-7b": 8_161_562_624,
+    "griffin-7b": 7_795_144_704,
     "gla-340m": 374_475_776,
     "gla-1.3b": 1_365_514_240,
     "delta-net-340m": 374_362_112,
@@ -35,6 +40,8 @@ def test_totals(name):
 
 # published as rounded, in billions
 ROUNDED = {
+    "xlstm-1-0-350m": 0.409,
+    "xlstm-7-1-350m": 0.408,
     "retnet-1.3b": 1.3,
     "retnet-2.7b": 2.7,
     "retnet-6.7b": 6.7,
