@@ -71,20 +71,22 @@ def _chunk(S, q, k, v, a, b, g, documents):
         w_t = a_t exp(c_{t-1}) S + sum_{s < t} (a_t exp(c_{t-1} - c_s) . b_s) w_s + (a_t exp(c_{t-1} - c_s) . k_s) v_s
 
     for all t at once. The decay from s to t is the product of two factors, exp(c_t - m) and exp(m - c_s), with m half
-    the sum of the chunk, so that neither is large.
+    the sum of the chunk, so that neither is large. No gradient flows through m, on which nothing depends: what it
+    brings to earlier tokens from later ones would cancel, but for the rounding.
     """
     Q = q.shape[2]
     c = jnp.cumsum(g, 2)
     end = c[:, :, -1:]
-    late, early = jnp.exp(c - end / 2), jnp.exp(end / 2 - c)
-    reads = jnp.concatenate([a * jnp.exp(c - g - end / 2), q * late], 2)
+    m = jax.lax.stop_gradient(end / 2)
+    late, early = jnp.exp(c - m), jnp.exp(m - c)
+    reads = jnp.concatenate([a * jnp.exp(c - g - m), q * late], 2)
     writes = jnp.concatenate([b * early, k * early], 2)
 
     column = lambda decay: jnp.swapaxes(jnp.exp(decay), 2, 3)
     twice = lambda mask, axis: jnp.concatenate([mask, mask], axis)
     seen = twice(jnp.concatenate([jnp.tril(documents.together, -1), jnp.tril(documents.together)], 2), 3)
     meet = jnp.where(seen, dot("BHTN,BHSN->BHTS", reads, writes), 0)
-    past = dot("BHTN,BHNP->BHTP", reads, column(end / 2) * S)
+    past = dot("BHTN,BHNP->BHTP", reads, column(m) * S)
     past = jnp.where(twice(documents.with_before, 2)[..., None], past, 0)
     product = functools.partial(dot, "BHTS,BHSP->BHTP")
     w = product(unit_inverse(-meet[:, :, :Q, :Q]), past[:, :, :Q] + product(meet[:, :, :Q, Q:], v))
@@ -93,4 +95,4 @@ def _chunk(S, q, k, v, a, b, g, documents):
     y = past[:, :, Q:] + product(meet[:, :, Q:], values)
     values = jnp.where(twice(documents.with_after, 2)[..., None], values, 0)
     S = jnp.where(documents.through[..., None, None], column(end) * S, 0)
-    return S + column(end / 2) * dot("BHSN,BHSP->BHNP", writes, values), y
+    return S + column(end - m) * dot("BHSN,BHSP->BHNP", writes, values), y
