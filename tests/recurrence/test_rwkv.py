@@ -1,6 +1,7 @@
 """RWKV-4 to RWKV-7 against float64 loops written from their papers, their initialisation, and what they refuse."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -144,19 +145,23 @@ def test_later_layers_of_rwkv7_read_the_first_values(float64):
 
 def test_rwkv7_publishes_its_first_values():
     """In the model, where all layers but the first stand in a `Repeat`."""
-    model = archlab.create_model("rwkv7-nano", nnx.Rngs(0))
-    table = parameters_of(model)["embed/table"][...]
-    aux = model(jnp.arange(5)[None]).aux
-    (path,) = [path for path in aux.traces if path.endswith("value")]
-    x = (table[:5] - table[:5].mean(-1, keepdims=True)) / jnp.sqrt(table[:5].var(-1, keepdims=True) + 1e-5)
-    x = (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-5)
-    layer = model.body.layers[1].layer.layers[0].layer
-    want = of_the_one_before({"mix_value": layer.mix_value[...]}, x, "value") @ flat(layer.value[...])
-    np.testing.assert_allclose(aux.traces[path][0], want, rtol=1e-4, atol=1e-5)
     config = archlab.get_config("rwkv7-nano")
-    alone = dataclasses.replace(config, body=Sequence(Residual(RWKV7(8))))
+    model = jax.jit(lambda: config.build(nnx.Rngs(0)))()
+    table = np.asarray(model.embed.table[...])
+    aux = jax.jit(lambda ids: model(ids).aux)(jnp.arange(5)[None])
+    (path,) = [path for path in aux.traces if path.endswith("value")]
+    normed = lambda x: (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+    x = normed(normed(table[:5]))
+    layer = model.body.layers[1].layer.layers[0].layer
+    mix = {"mix_value": np.asarray(layer.mix_value[...])}
+    want = of_the_one_before(mix, x, "value") @ flat(np.asarray(layer.value[...]))
+    np.testing.assert_allclose(aux.traces[path][0], want, rtol=1e-4, atol=1e-5)
+
+
+def test_rwkv7_wants_first_values():
+    alone = dataclasses.replace(archlab.get_config("rwkv7-nano"), body=Sequence(Residual(RWKV7(8))))
     with pytest.raises(ValueError, match="RWKV7.value_rank = 32: wants the first layer's values"):
-        archlab.create_model(alone, nnx.Rngs(0))(jnp.arange(5)[None])
+        jax.eval_shape(lambda: alone.build(nnx.Rngs(0))(jnp.arange(5)[None]))
 
 
 def test_rwkv4_survives_large_keys():
@@ -179,12 +184,24 @@ def test_rwkv4_survives_large_keys():
     assert all(np.isfinite(g).all() for g in grads)
 
 
-def built(config, index, depth=12, width=64):
-    return parameters_of(jax.jit(lambda: config.build(nnx.Rngs(0), Place(width, index, depth)))())
+@functools.cache
+def builder(config):
+    return jax.jit(lambda index: config.build(nnx.Rngs(0), Place(64, index, 12)))
+
+
+def built(config, index):
+    """The parameters of a layer of six; where it stands is not known when it is compiled, as in a `Repeat`."""
+    return parameters_of(builder(config)(index))
+
+
+def gram(weight):
+    """The products of its columns."""
+    matrix = flat(np.asarray(weight[...]))
+    return matrix.T @ matrix
 
 
 def test_published_initialisation():
-    """The first and the last of six layers, in the words of the published code: i / D, n / (D - 1), l / L, l / (L - 1)."""
+    """The first and the last of six layers, in terms of i / D, n / (D - 1), l / L and l / (L - 1), as published."""
     i, n, close = np.arange(64) / 64, np.arange(64) / 63, lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5)
     zigzag = np.array([(j + 1) % 3 - 1 for j in range(64)])
     for index, rising, falling in ((0, 0, 1), (10, 1, 1 / 6)):
@@ -198,8 +215,8 @@ def test_published_initialisation():
             close(decay[...].ravel(), -6 + 5 * n ** (0.7 + 1.3 * rising))
             close(p["bonus"][...].ravel(), rising * (1 - n) + zigzag / 10)
             close(p["norm/scale"][...], np.full((2, 32), ((1 + 5 * rising) / 6) ** 0.7))
-            close(flat(p["value"][...]).T @ flat(p["value"][...]), np.eye(64))
-            close(flat(p["key"][...]).T @ flat(p["key"][...]), np.eye(64) / 100)
+            close(gram(p["value"]), np.eye(64))
+            close(gram(p["key"]), np.eye(64) / 100)
             assert not p["out"][...].any()
         close(p["mix_value"][...], 1 - i**falling - 0.3 * rising)
         close(built(ChannelMix6(224), index)["mix_key"][...], 1 - i**falling)
@@ -210,7 +227,7 @@ def test_published_initialisation():
         close(p["blend/bias"][...].ravel(), 0.73 - 0.4 * (n - 0.5))
         close(p["removal"][...].ravel(), 0.71 - 0.1 * (n - 0.5))
         close(p["mix_gate"][...], 1 - i ** (0.2 * falling))
-        close(flat(p["gate/up"][...]).T @ flat(p["gate/up"][...]), np.eye(64) * 0.02)  # gain 0.1 sqrt(128 / 64)
+        close(gram(p["gate/up"]), np.eye(64) * 0.02)  # gain 0.1 sqrt(128 / 64)
         assert 0.95 < np.abs(p["key"][...]).max() * 8 / 0.05 <= 1 < np.abs(p["value"][...]).max() * 8 / 0.05
         close(built(ChannelMix7(256), index)["mix_key"][...], 1 - i ** falling**4)
 
