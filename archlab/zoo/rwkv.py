@@ -79,6 +79,7 @@ CONFIGS = {
     "rwkv6-1.6b": rwkv6(2048, 24),
     "rwkv6-3b": rwkv6(2560, 32),
     "rwkv6-7b": rwkv6(4096, 32, mix_rank=64, decay_rank=128),
+    "rwkv6-14b": rwkv6(4096, 61, mix_rank=64, decay_rank=128),
     "rwkv7-nano": rwkv7(width=24, depth=2, vocab=256, head_size=8, decay_rank=4, rate_rank=4, value_rank=4,
                         gate_rank=4),
     "rwkv7-tiny": rwkv7(width=128, depth=8, vocab=256, head_size=32, decay_rank=16, rate_rank=16, value_rank=8,

@@ -30,6 +30,26 @@ TOTALS = {
     "delta-net-1.3b": 1_365_677_056,
     "gated-delta-net-340m": 379_888_124,
     "gated-delta-net-1.3b": 1_387_348_732,
+    # derived from the official sizes and code: the total of rwkv7-1.5b is that of its file, the others agree with what
+    # their papers round to (0.17, 0.43, 1.5, 3.0, 7.4, 14; 0.46 to 7.5; 1.6, 3.1; 0.19 to 2.9 billion)
+    "rwkv4-169m": 169_342_464,
+    "rwkv4-430m": 430_397_440,
+    "rwkv4-1.5b": 1_515_106_304,
+    "rwkv4-3b": 2_984_627_200,
+    "rwkv4-7b": 7_392_649_216,
+    "rwkv4-14b": 14_148_597_760,
+    "rwkv5-0.4b": 461_721_600,
+    "rwkv5-1.5b": 1_577_754_624,
+    "rwkv5-3b": 3_062_999_040,
+    "rwkv5-7b": 7_518_044_160,
+    "rwkv6-1.6b": 1_599_873_024,
+    "rwkv6-3b": 3_099_863_040,
+    "rwkv6-7b": 7_635_746_816,
+    "rwkv6-14b": 14_069_088_256,
+    "rwkv7-0.1b": 191_034_624,
+    "rwkv7-0.4b": 450_767_872,
+    "rwkv7-1.5b": 1_527_404_544,
+    "rwkv7-2.9b": 2_947_735_040,
 }
 
 
