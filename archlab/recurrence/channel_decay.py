@@ -23,8 +23,8 @@ def channel_decay(q: Float[Array, "B H T N"], k: Float[Array, "B H T N"], v: Flo
                   bonus: Float[Array, "H N"] | None = None, form: Form | None = None):
     """The recurrence over a piece.
 
-    Args: log_decay: g, not above 0; as strong as one likes. bonus: u; form: `Sequential()`
-      or `Chunked(size)`.
+    Args: log_decay: g, not above 0; as strong as one likes; bonus: u; form: `Sequential()` or
+      `Chunked(size)`.
     Returns: y [B, H, T, P] in the dtype of the state, and the state after the piece.
     """
     form = form or Chunked(16)
@@ -56,9 +56,9 @@ def chunked(q, k, v, g, starts, S, size: int, before: bool = False):
 
 
 def _chunk(S, documents, q, k, v, g, before: bool):
-    """Products of matrices need the decay from s to t as a factor of s times a factor of t. So each pair of tokens meets
-    at a place between them, and the factors are the decays from s to that place and from there to t: neither can
-    overflow, however strong the decay. `meetings` says where that is.
+    """Products of matrices need the decay from s to t as a factor of s times a factor of t. So each pair of tokens
+    meets at a place between them (`meetings`), and the factors are the decays from s to that place and from there to
+    t: neither is above 1, however strong the decay.
     """
     sums, late, meet = meetings(q.shape[2], before)
     left = jnp.exp(dot("XTR,BHRN->BHXTN", sums.astype(g.dtype), jnp.maximum(g, LEAST)))

@@ -89,7 +89,7 @@ def test_forms_are_the_loop_and_their_gradients_the_definitions(float64, kind, l
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("size", [16, 50])
 def test_strong_decays_lose_no_digits(kind, size):
-    """Decays that leave nothing, among weak ones, in float32: running sums would be 10^4 times as large as what counts."""
+    """Decays that leave nothing, among weak ones, in float32: running sums would drown what counts."""
     length = 100
     segments, arrays = documents(length), inputs(kind, length, np.float32, strong=True)
     wide = [a.astype(np.float64) for a in arrays]
