@@ -109,8 +109,8 @@ class Compression(Task):
 
         x1 x2 ... xn C . . .      at the i-th place behind C: x_i
 
-    length - 1 random symbols, the mark C = symbols - 1, and as many blanks. A model for this task has a bottleneck: what
-    comes after C may see only what the layers made of C, as in the published auto-encoder (`experiments.task_models`
+    length - 1 random symbols, the mark C = symbols - 1, and as many blanks. A model for this task has a bottleneck:
+    what comes after C may see only what the layers made of C, as in the published auto-encoder (`experiments.mixers`
     puts one there). Published: 16 symbols, length 32. Chance: 1 / (symbols - 1).
 
     Theory: what counts is how much of the past one output can tell; published 0.39 (GLA) to 0.53 (Mamba, attention).

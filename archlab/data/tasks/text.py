@@ -88,7 +88,7 @@ def list_value(tokens) -> int:
 
 
 class Phonebook(Task):
-    """Looking up a number in a phone book (Jelassi et al. 2024, "Repeat after me", arXiv:2402.01032, section 5), in bytes.
+    """Looking up a number in a phone book (Jelassi et al. 2024, "Repeat after me", arXiv:2402.01032, section 5), bytes.
 
         Bakimo: 5551234\\nTozula: 9182736\\n ... \\n Tozula: 9182736\\n      at the digits behind the blank line
 
@@ -150,8 +150,8 @@ class Needle(Task):
 
         The grass is green. ... The pass key is 52931. ... What is the pass key? It is 52931      at the five digits
 
-    length: T, in bytes. depth: where the needle lies, from 0 (at the beginning) to 1; None for anywhere. Trained anywhere
-    at one length; tested on a grid of depths and lengths (`grid`). Chance: 1/10 a digit.
+    length: T, in bytes. depth: where the needle lies, from 0 (at the beginning) to 1; None for anywhere. Trained
+    anywhere at one length; tested on a grid of depths and lengths (`grid`). Chance: 1/10 a digit.
 
     Theory: five digits fit into any state, so a layer that chooses what to keep finds them at any depth and length;
     attention at the lengths that its positions reach; a fixed decay only near the end.

@@ -121,7 +121,7 @@ class ModularArithmetic(Tracking):
         return as_batch(ids, np.broadcast_to(answers[:, None], ids.shape), self.scored(sizes, training), sizes)
 
     def _without(self, draws: Draws, sizes: np.ndarray):
-        """Expressions by reading them once: `total` holds the finished terms, `term` the product so far with its sign."""
+        """Expressions, read once: `total` holds the finished terms, `term` the product so far with its sign."""
         digits = draws.below(self.modulus, (self.length + 1) // 2)
         signs = draws.below(3, self.length // 2)
         ids = np.zeros((draws.rows, self.length), int)

@@ -1,0 +1,116 @@
+"""The models of the tasks: every sequence mixer in the same small network.
+
+A mixer stands where attention stands in a Transformer: `Repeat(Sequence(Residual(mixer), Residual(MLP)), depth)`, or
+without the MLP where a task's published setting has none. So whatever two models differ in is the mixer.
+"""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from flax import nnx
+
+from archlab.attention.attention import Attention
+from archlab.attention.linear import LinearAttention
+from archlab.data.tasks import Compression, Task
+from archlab.layers.alphabet import parameter
+from archlab.layers.config import LayerConfig, near, require
+from archlab.layers.contract import Aux, Layer, Place, Tokens
+from archlab.layers.mlp import SwiGLU
+from archlab.layers.positions import SinusoidalPositions
+from archlab.layers.repeat import Repeat
+from archlab.layers.residual import Residual
+from archlab.layers.sequence import Sequence
+from archlab.model import LanguageModel
+from archlab.recurrence.delta_net import DeltaNet
+from archlab.recurrence.gated_delta_net import GatedDeltaNet
+from archlab.recurrence.gla import GatedLinearAttention
+from archlab.recurrence.lightning import LightningAttention
+from archlab.recurrence.mamba import Mamba
+from archlab.recurrence.mamba2 import Mamba2
+from archlab.recurrence.min_gru import MinGRU
+from archlab.recurrence.mlstm import MLSTM
+from archlab.recurrence.retention import Retention
+from archlab.recurrence.rg_lru import RGLRU
+from archlab.recurrence.rwkv4 import RWKV4
+from archlab.recurrence.rwkv5 import RWKV5
+from archlab.recurrence.rwkv6 import RWKV6
+from archlab.recurrence.rwkv7 import RWKV7
+from archlab.recurrence.slstm import SLSTM
+
+ABSOLUTE = "attention-absolute"  # the one mixer that needs something added before the first layer
+
+
+def mixers(width: int) -> dict[str, LayerConfig]:
+    """{name: mixer} for a stream of `width` channels, a multiple of 16. Heads have 32 channels (a stream of 16: 16), in
+    keys and in values; all else is as the family's authors have it."""
+    size = min(32, width)
+    heads = width // size
+    delta = dict(heads=heads, key_size=size, value_size=size)
+    return {
+        "attention": Attention(heads),
+        ABSOLUTE: Attention(heads, positions=None),
+        "linear-attention": LinearAttention(heads),
+        "lightning": LightningAttention(heads),
+        "retention": Retention(heads),
+        "gla": GatedLinearAttention(heads, key_size=size, value_size=size),
+        "mamba": Mamba(),
+        "mamba2": Mamba2(state=32, head_size=size),
+        "rg-lru": RGLRU(heads),
+        "min-gru": MinGRU(),
+        "delta-net": DeltaNet(**delta),
+        "delta-net-negative": DeltaNet(**delta, negative=True),
+        "gated-delta-net": GatedDeltaNet(**delta),
+        "gated-delta-net-negative": GatedDeltaNet(**delta, negative=True),
+        "rwkv4": RWKV4(),
+        "rwkv5": RWKV5(head_size=size),
+        "rwkv6": RWKV6(head_size=size, mix_rank=8, decay_rank=8),
+        "rwkv7": RWKV7(head_size=size, decay_rank=8, rate_rank=8, gate_rank=16, value_rank=None),
+        "mlstm": MLSTM(heads),
+        "slstm": SLSTM(heads),
+    }
+
+
+def task_model(mixer: str, task: Task, width: int, depth: int, mlp: bool = True) -> LanguageModel:
+    """The network of a mixer for a task. mlp: a gated MLP of twice the width behind each mixer.
+
+    ValueError for an unknown mixer, and where it cannot stand in a stream of this width.
+    """
+    known = mixers(width)
+    if mixer not in known:
+        raise ValueError(f"no mixer named {mixer!r}; {near(mixer, list(known))}")
+    block = Sequence(Residual(known[mixer]), Residual(SwiGLU(2 * width))) if mlp else Residual(known[mixer])
+    layers: list[LayerConfig] = [Repeat(block, depth)]
+    if mixer == ABSOLUTE:
+        layers.insert(0, SinusoidalPositions(scale=width**-0.5))
+    if isinstance(task, Compression):
+        layers += [Bottleneck(task.length), Residual(SwiGLU(4 * width)), Residual(SwiGLU(4 * width))]
+    return LanguageModel(task.vocab, width, layers[0] if len(layers) == 1 else Sequence(*layers))
+
+
+class Bottleneck(LayerConfig):
+    """What comes after the first `length` tokens of a document sees these through one vector, that of the last of them,
+    and its own place: the join of MAD's auto-encoder (Poli et al. 2024, arXiv:2403.17844)."""
+
+    length: int
+
+    def __post_init__(self):
+        require(self.length >= 1, self, "length", "must be at least 1")
+
+    def build(self, rngs: nnx.Rngs, at: Place) -> "BottleneckModule":
+        return BottleneckModule(self, rngs, at)
+
+
+class BottleneckModule(Layer):
+    """Weight: places [length, D], a vector for each place behind. Of rows of one document; it keeps no state."""
+
+    def __init__(self, config: Bottleneck, rngs: nnx.Rngs, at: Place):
+        self.places = parameter(rngs, "->.D", (config.length, at.width), nnx.initializers.normal(1.0))
+
+    def __call__(self, x, tokens: Tokens, state=None):
+        length = self.places.shape[0]
+        behind = tokens.positions - length
+        place = jnp.take(self.places[...], behind.clip(0, length - 1), axis=0).astype(x.dtype)
+        return jnp.where((behind >= 0)[:, :, None], x[:, length - 1:length] + place, x), None, Aux()
+
+
+MIXERS: Callable[[], list[str]] = lambda: list(mixers(64))
