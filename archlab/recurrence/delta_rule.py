@@ -52,7 +52,8 @@ def chunked(q, k, v, beta, g, starts, S, size: int):
 
 
 def _chunk(S, documents, q, k, v, beta, g):
-    """One chunk of Q tokens. With c the sum of g up to a token, the corrections u_t = beta_t (v_t - k_t S'_t) solve
+    """One chunk of Q tokens. With c the sum of g up to a token, from where its document begins, the corrections
+    u_t = beta_t (v_t - k_t S'_t) solve
 
         u_t + beta_t sum_{s < t} exp(c_t - c_s) (k_t . k_s) u_s = beta_t (v_t - exp(c_t) k_t S)
 
@@ -60,9 +61,10 @@ def _chunk(S, documents, q, k, v, beta, g):
     """
     v, beta, g, matrix = (a.reshape(*k.shape[:2], -1, *a.shape[2:]) for a in (v, beta, g, S))  # R heads a group
     together, with_before = documents.together[:, None], documents.with_before[:, None]
-    c = jnp.cumsum(jnp.maximum(g, -40), -1)  # exp(-40) is nothing to any sum, and infinities have no difference
-    decay = c[..., :, None] - c[..., None, :]
-    decay = jnp.exp(jnp.where(jnp.tril(together), decay, -jnp.inf))
+    seen = jnp.tril(together)
+    g = jnp.maximum(g, -40)  # exp(-40) is nothing to any sum, and infinities have no difference
+    c = dot("BGRS,BTS->BGRT", g, seen[:, 0, 0].astype(g.dtype))  # within the document; faster than cumsum
+    decay = jnp.exp(jnp.where(seen, c[..., :, None] - c[..., None, :], -jnp.inf))
     before = jnp.exp(jnp.where(with_before, c, -jnp.inf))[..., None]
     beta = beta[..., None]
 

@@ -58,8 +58,7 @@ def chunked(q, k, v, a, b, g, starts, S, size: int):
             return S, y
 
         mild = jnp.min(now[-1].sum(2)) >= -STRONGEST
-        at_once = functools.partial(_chunk, documents=documents)
-        return jax.lax.cond(mild, jax.checkpoint(at_once), jax.checkpoint(steps), S, *now)
+        return jax.lax.cond(mild, functools.partial(_chunk, documents=documents), steps, S, *now)
 
     g = jnp.where(starts[:, None, :, None], 0, g)  # what is forgotten need not decay
     return chunk_by_chunk(chunk, size, starts, S, starts[:, None], q, k, v, a, b, g)
@@ -75,24 +74,20 @@ def _chunk(S, q, k, v, a, b, g, documents):
     brings to earlier tokens from later ones would cancel, but for the rounding.
     """
     Q = q.shape[2]
-    c = jnp.cumsum(g, 2)
+    c = dot("TS,BHSN->BHTN", jnp.tril(jnp.ones((Q, Q), g.dtype)), g)  # faster than cumsum
     end = c[:, :, -1:]
     m = jax.lax.stop_gradient(end / 2)
-    late, early = jnp.exp(c - m), jnp.exp(m - c)
-    reads = jnp.concatenate([a * jnp.exp(c - g - m), q * late], 2)
-    writes = jnp.concatenate([b * early, k * early], 2)
-
+    a, q = a * jnp.exp(c - g - m), q * jnp.exp(c - m)
+    b, k = (x * jnp.exp(m - c) for x in (b, k))
     column = lambda decay: jnp.swapaxes(jnp.exp(decay), 2, 3)
-    twice = lambda mask, axis: jnp.concatenate([mask, mask], axis)
-    seen = twice(jnp.concatenate([jnp.tril(documents.together, -1), jnp.tril(documents.together)], 2), 3)
-    meet = jnp.where(seen, dot("BHTN,BHSN->BHTS", reads, writes), 0)
-    past = dot("BHTN,BHNP->BHTP", reads, column(m) * S)
-    past = jnp.where(twice(documents.with_before, 2)[..., None], past, 0)
-    product = functools.partial(dot, "BHTS,BHSP->BHTP")
-    w = product(unit_inverse(-meet[:, :, :Q, :Q]), past[:, :, :Q] + product(meet[:, :, :Q, Q:], v))
 
-    values = jnp.concatenate([w, v], 2)
-    y = past[:, :, Q:] + product(meet[:, :, Q:], values)
-    values = jnp.where(twice(documents.with_after, 2)[..., None], values, 0)
-    S = jnp.where(documents.through[..., None, None], column(end) * S, 0)
-    return S + column(end - m) * dot("BHSN,BHSP->BHNP", writes, values), y
+    earlier, not_later = jnp.tril(documents.together, -1), jnp.tril(documents.together)
+    meet = lambda reads, writes, where: jnp.where(where, dot("BHTN,BHSN->BHTS", reads, writes), 0)
+    product = functools.partial(dot, "BHTS,BHSP->BHTP")
+    past = lambda reads: jnp.where(documents.with_before[..., None], product(reads, column(m) * S), 0)
+    w = product(unit_inverse(-meet(a, b, earlier)), past(a) + product(meet(a, k, earlier), v))
+    y = past(q) + product(meet(q, b, not_later), w) + product(meet(q, k, not_later), v)
+
+    b, k = (jnp.where(documents.with_after[..., None], x, 0) for x in (b, k))
+    written = dot("BHSN,BHSP->BHNP", b, w) + dot("BHSN,BHSP->BHNP", k, v)
+    return jnp.where(documents.through[..., None, None], column(end) * S, 0) + column(end - m) * written, y
