@@ -57,8 +57,7 @@ def diagonal(a: Inexact[Array, "B T F"], b: Inexact[Array, "B T F"], tokens: Tok
 def choose(form: Form | None, length: int, dtype):
     """The function that computes a form. On a CPU, single steps in place beat every tree of products."""
     if form is None:
-        accelerator = jax.default_backend() != "cpu"
-        form = Chunked(1) if not accelerator else Kernel(256) if fits(dtype) else Associative()
+        form = Kernel(256) if fits(dtype) else Chunked(1) if jax.default_backend() == "cpu" else Associative()
     if length == 1 or isinstance(form, Sequential):
         return sequential
     if isinstance(form, Kernel):

@@ -15,6 +15,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from archlab.recurrence.diagonal import in_place
+from archlab.recurrence.forms import Associative, Chunked, Form, Kernel, Sequential
+from archlab.recurrence.kernels.selective_scan import fits, selective_scan_kernel
+
 CHUNK = 16  # steps between the states that are kept for the backward pass: a chunk of states should fit in a cache
 
 # Sums over N and F are dots: on a CPU, a product and its sum take several times as long. HIGHEST, because the dots of
@@ -24,28 +28,54 @@ dot = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 def selective_scan(x: Float[Array, "B T F"], dt: Float[Array, "B T F"], A: Float[Array, "F N"],
                    B: Float[Array, "B T N"], C: Float[Array, "B T N"], starts: Bool[Array, "B T"],
-                   h: Float[Array, "B F N"]):
+                   h: Float[Array, "B F N"], form: Form | None = None):
     """The recurrence over a piece.
 
     Args: x: input; dt >= 0: step sizes (0 at padding leaves the state as it is); A < 0: decay rates; B, C: input and
-      output maps; starts: where the state is forgotten before the token; h: the state before the piece.
+      output maps; starts: where the state is forgotten before the token; h: the state before the piece. form: None for
+      a kernel where one fits, else `Chunked(16)`.
     Returns: y [B, T, F], and the state after the piece [B, F, N]. All in the dtype of `h`.
 
-    Memory of the backward pass: one state a `CHUNK` of steps. Derivatives: reverse mode only.
+    Memory of the backward pass: one state a chunk; every state if `Sequential()`, and several times that if
+    `Associative()`. Derivatives: reverse mode only, but for `Sequential()`.
     """
-    T = x.shape[1]
-    x, dt, B, C = (a.astype(h.dtype) for a in (x, dt, B, C))
-    A, h = A.T.astype(h.dtype), jnp.swapaxes(h, 1, 2)  # channels last: they fill the vector registers
+    x, dt, A, B, C = (a.astype(h.dtype) for a in (x, dt, A, B, C))
+    form = form or (Kernel(CHUNK) if fits(h) else Chunked(CHUNK))
+    if x.shape[1] == 1 or isinstance(form, Sequential):
+        return sequential(x, dt, A, B, C, starts, h)
+    if isinstance(form, Kernel):
+        return selective_scan_kernel(x, dt, A, B, C, starts, h, size=form.size, interpret=form.interpret)
+    if isinstance(form, Associative):
+        return _associative(x, dt, A, B, C, starts, h)
+    return _chunked(x, dt, A, B, C, starts, h, form.size)
+
+
+def sequential(x, dt, A, B, C, starts, h):
+    """Step by step: the definition."""
     steps = [jnp.moveaxis(a, 1, 0) for a in (dt, dt * x, B, C, starts)]
-    if T == 1:
+    A, h = A.T, jnp.swapaxes(h, 1, 2)  # channels last: they fill the vector registers
+    if x.shape[1] == 1:
         h, y = _step(A, h, *(a[0] for a in steps))
         return y[:, None], jnp.swapaxes(h, 1, 2)
+    h, y = _chunk(A, h, steps)
+    return jnp.moveaxis(y, 0, 1), jnp.swapaxes(h, 1, 2)
 
-    size = max(1, min(CHUNK, T))
-    chunks, pad = -(-T // size), -T % size  # padded steps have dt = 0: the identity
+
+def _associative(x, dt, A, B, C, starts, h):
+    decay = jnp.where(starts[:, :, None, None], 0, jnp.exp(dt[..., None] * A))
+    flat = lambda a: a.reshape(*a.shape[:-2], -1)
+    states, last = in_place(flat(decay), flat((dt * x)[..., None] * B[:, :, None]), flat(h), x.shape[1])
+    return dot("BTFN,BTN->BTF", states.reshape(decay.shape), C), last.reshape(h.shape)
+
+
+def _chunked(x, dt, A, B, C, starts, h, size):
+    length = x.shape[1]
+    steps = [jnp.moveaxis(a, 1, 0) for a in (dt, dt * x, B, C, starts)]
+    size = min(size, length)
+    chunks, pad = -(-length // size), -length % size  # padded steps have dt = 0: the identity
     cut = lambda a: jnp.pad(a, [(0, pad)] + [(0, 0)] * (a.ndim - 1)).reshape(chunks, size, *a.shape[1:])
-    h, y = _scan(A, h, tuple(map(cut, steps)))
-    return jnp.moveaxis(y.reshape(chunks * size, *y.shape[2:])[:T], 0, 1), jnp.swapaxes(h, 1, 2)
+    h, y = _scan(A.T, jnp.swapaxes(h, 1, 2), tuple(map(cut, steps)))
+    return jnp.moveaxis(y.reshape(chunks * size, *y.shape[2:])[:length], 0, 1), jnp.swapaxes(h, 1, 2)
 
 
 # From here on time comes first, in chunks; A is [N, F], a state [B, N, F], and u = dt * x.

@@ -2,6 +2,7 @@
 
 import functools
 
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +13,7 @@ from archlab.layers.alphabet import parameters_of
 from archlab.layers.contract import Place
 from archlab.layers.norms import RMSNorm
 from archlab.recurrence import selective_scan as scan
+from archlab.recurrence.forms import Associative, Chunked, Kernel, Sequential
 from archlab.recurrence.mamba import Mamba
 from tests.helpers import cast, in_pieces, jittered, tokens_of
 
@@ -96,14 +98,18 @@ def loop(x, dt, A, B, C, starts, h):
     return jnp.swapaxes(y, 0, 1), h
 
 
-@pytest.mark.parametrize("length", [1, scan.CHUNK // 3, 2 * scan.CHUNK, 2 * scan.CHUNK + 5])
-def test_scan_equals_the_loop_with_gradients(float64, length):
-    """Pieces of one step, less than a chunk, whole chunks, and whole chunks and a rest."""
+PIECES = [(length, None) for length in (1, scan.CHUNK // 3, 2 * scan.CHUNK, 2 * scan.CHUNK + 5)]
+FORMS = [(13, form) for form in (Sequential(), Associative(), Chunked(4), Kernel(4, interpret=True))]
+
+
+@pytest.mark.parametrize("length, form", PIECES + FORMS, ids=str)
+def test_scan_equals_the_loop_with_gradients(float64, length, form):
+    """Pieces of one step, less than a chunk, whole chunks, and whole chunks and a rest; and each form."""
     args = inputs(length, jnp.float64)
     weigh = lambda y, h: (y * jnp.cos(jnp.arange(y.size).reshape(y.shape))).sum() + (h**2).sum()
     floats = (0, 1, 2, 3, 4, 6)
     runs = [jax.jit(jax.value_and_grad(lambda *a: weigh(*f(*a)), argnums=floats))(*args)
-            for f in (loop, scan.selective_scan)]
+            for f in (loop, functools.partial(scan.selective_scan, form=form))]
     np.testing.assert_allclose(runs[1][0], runs[0][0], rtol=1e-10)
     assert (runs[1][1][0][1, length - length // 4:] == 0).all()  # the input at padding
     for got, want in zip(runs[1][1], runs[0][1]):

@@ -4,17 +4,16 @@ import functools
 
 import jax.numpy as jnp
 
-from archlab.recurrence.kernels.matrix import FORGET, column, dot, places, through_chunks
+from archlab.recurrence.kernels.matrix import column, dot, forgetting, places, through_chunks
 
 
 def channel_decay_kernel(q, k, v, g, starts, S, before: bool = False, *, size: int = 64, platform: str | None = None,
                          interpret: bool = False):
     """`sequential` of channel_decay.py as a kernel, forward and backward. size, platform: as in `through_chunks`."""
-    first = starts[:, None, :, None]
-    g = jnp.where(first, FORGET, g)
     if before:
-        q = jnp.where(first, 0, q)  # the state before a document's first token is empty
-    return through_chunks(rule_before if before else rule, [q, k, v, g], S, size, platform, interpret)
+        q = jnp.where(starts[:, None, :, None], 0, q)  # the state before a document's first token is empty
+    arrays = [q, k, v, forgetting(g, starts)]
+    return through_chunks(rule_before if before else rule, arrays, S, size, platform, interpret)
 
 
 def rule(S, q, k, v, g, before: bool = False):

@@ -7,14 +7,13 @@ With w_t = beta_t (v_t - k_t S'_t) the value that step t writes at its key, and 
 
 import jax.numpy as jnp
 
-from archlab.recurrence.kernels.matrix import FORGET, column, decays, dot, inverse, places, through_chunks
+from archlab.recurrence.kernels.matrix import column, decays, dot, forgetting, inverse, places, through_chunks
 
 
 def delta_rule_kernel(q, k, v, beta, g, starts, S, *, size: int = 64, platform: str | None = None,
                       interpret: bool = False):
     """`sequential` of delta_rule.py as a kernel, forward and backward. size, platform: as in `through_chunks`."""
-    g = jnp.where(starts[:, None], FORGET, g)
-    return through_chunks(rule, [q, k, v, beta, g], S, size, platform, interpret)
+    return through_chunks(rule, [q, k, v, beta, forgetting(g, starts)], S, size, platform, interpret)
 
 
 def rule(S, q, k, v, beta, g):

@@ -6,14 +6,14 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from archlab.recurrence.kernels.sweep import on_gpu, sweep
+from archlab.recurrence.kernels.sweep import on_gpu, on_tpu, sweep
 
 LANES = 128  # channels of a TPU's register
 
 
-def fits(dtype) -> bool:
-    """Real states of 32 bits. Any length and any number of channels: they are filled up."""
-    return dtype == jnp.float32
+def fits(dtype, platform: str | None = None) -> bool:
+    """Real states of 32 bits on a TPU or GPU. Any length and any number of channels: they are filled up."""
+    return dtype == jnp.float32 and (on_tpu(platform) or on_gpu(platform))
 
 
 def diagonal_kernel(a, b, h, *, size: int = 256, platform: str | None = None, interpret: bool = False):

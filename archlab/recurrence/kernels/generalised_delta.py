@@ -9,16 +9,15 @@ between s and t:
 import jax.numpy as jnp
 
 from archlab.recurrence.kernels.channel_decay import scores, spans, written
-from archlab.recurrence.kernels.matrix import FORGET, dot, inverse, through_chunks
+from archlab.recurrence.kernels.matrix import dot, forgetting, inverse, through_chunks
 
 
 def generalised_delta_kernel(q, k, v, a, b, g, starts, S, *, size: int = 64, platform: str | None = None,
                              interpret: bool = False):
     """`sequential` of generalised_delta.py as a kernel, forward and backward. size, platform: as in
     `through_chunks`."""
-    first = starts[:, None, :, None]
-    a, g = jnp.where(first, 0, a), jnp.where(first, FORGET, g)  # a document's first token finds an empty state
-    return through_chunks(rule, [q, k, v, a, b, g], S, size, platform, interpret)
+    a = jnp.where(starts[:, None, :, None], 0, a)  # a document's first token finds an empty state
+    return through_chunks(rule, [q, k, v, a, b, forgetting(g, starts)], S, size, platform, interpret)
 
 
 def rule(S, q, k, v, a, b, g):

@@ -12,20 +12,23 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from archlab.recurrence.kernels.sweep import on_gpu, sweep
+from archlab.recurrence.kernels.sweep import on_gpu, on_tpu, sweep
 
-FORGET = -1e4  # log-decay at a document's first token: its exponential is 0, of any sum with it too
+LEAST = -1e4  # of logarithms of decays: exp of it is 0, and it may be multiplied by 0 where -inf may not
 
 
 def fits(S: jax.Array, length: int, size: int = 64, platform: str | None = None) -> bool:
-    """States of 32 bits and at most 256 x 256, and at least one whole chunk. Triton knows powers of 2 only, and the
-    registers of a GPU's multiprocessor end at 128 x 128."""
+    """States of 32 bits and at least one whole chunk, on a TPU with at most 256 x 256 numbers a head. On a GPU 16, 32
+    or 64 keys and values: Triton knows powers of 2 only, and a multiprocessor has no room for more."""
     keys, values = S.shape[-2:]
-    if S.dtype != jnp.float32 or length < size:
-        return False
-    if on_gpu(platform):
-        return all(16 <= n <= 128 and n & (n - 1) == 0 for n in (keys, values))
-    return max(keys, values) <= 256
+    room = on_tpu(platform) and max(keys, values) <= 256 or on_gpu(platform) and {keys, values} <= {16, 32, 64}
+    return room and S.dtype == jnp.float32 and length >= size
+
+
+def forgetting(g, starts):
+    """Log-decays g [B, H, T, ...] under which a state is forgotten where a document starts."""
+    starts = starts.reshape(len(starts), 1, -1, *[1] * (g.ndim - 3))
+    return jnp.maximum(jnp.where(starts, LEAST, g), LEAST)
 
 
 def through_chunks(rule: Callable, arrays: list[jax.Array], S: jax.Array, size: int, platform: str | None = None,

@@ -1,14 +1,11 @@
 """The kernel of `scalar_decay`: Mamba-2's chunk (arXiv:2405.21060, section 6), whose scores never leave the chip."""
 
-import jax.numpy as jnp
-
-from archlab.recurrence.kernels.matrix import FORGET, decays, dot, through_chunks
+from archlab.recurrence.kernels.matrix import decays, dot, forgetting, through_chunks
 
 
 def scalar_decay_kernel(q, k, v, g, starts, S, *, size: int = 64, platform: str | None = None, interpret: bool = False):
     """`sequential` of scalar_decay.py as a kernel, forward and backward. size, platform: as in `through_chunks`."""
-    g = jnp.where(starts[:, None], FORGET, g)
-    return through_chunks(rule, [q, k, v, g], S, size, platform, interpret)
+    return through_chunks(rule, [q, k, v, forgetting(g, starts)], S, size, platform, interpret)
 
 
 def rule(S, q, k, v, g):

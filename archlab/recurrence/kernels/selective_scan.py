@@ -10,16 +10,16 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from archlab.recurrence.kernels.sweep import on_gpu, sweep
+from archlab.recurrence.kernels.sweep import on_gpu, on_tpu, sweep
 
 FORGET = -1e4  # exponent at a document's first token: its exponential is 0
 LANES = 128  # channels of a TPU's register
 
 
 def fits(h: jax.Array, platform: str | None = None) -> bool:
-    """States [B, F, N] of 32 bits, of at most 64 numbers for a channel; on a GPU, of a power of 2."""
+    """States [B, F, N] of 32 bits: on a TPU of at most 64 numbers a channel, on a GPU of 16, 32 or 64."""
     N = h.shape[-1]
-    return h.dtype == jnp.float32 and N <= 64 and (not on_gpu(platform) or N & (N - 1) == 0)
+    return h.dtype == jnp.float32 and (on_tpu(platform) and N <= 64 or on_gpu(platform) and N in (16, 32, 64))
 
 
 def selective_scan_kernel(x, dt, A, B, C, starts, h, *, size: int = 16, platform: str | None = None,

@@ -9,13 +9,19 @@ import functools
 from collections.abc import Callable
 
 import jax
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import triton
 
 
+def on_tpu(platform: str | None) -> bool:
+    """platform: None for the one in use."""
+    return (platform or jax.default_backend()) == "tpu"
+
+
 def on_gpu(platform: str | None) -> bool:
-    """platform: "tpu" or "gpu"; None for the one in use. Without either, kernels take their TPU form."""
+    """The same of a GPU. Where there is neither, kernels take their TPU form, to be interpreted."""
     return (platform or jax.default_backend()) == "gpu"
 
 
@@ -39,7 +45,7 @@ def sweep(body: Callable, letters: str, carry: list[jax.Array], arrays: list[jax
     def spec(word, shape):
         block = {"B": lambda size: None, "H": lambda size: None, "F": lambda size: size // heads,
                  "C": lambda size: 1 if tpu else size}
-        place = {"B": lambda size, b, h, c: b, "H": lambda size, b, h, c: jax.lax.div(h, heads // size),
+        place = {"B": lambda size, b, h, c: b, "H": lambda size, b, h, c: jax.lax.div(h, np.int32(heads // size)),
                  "F": lambda size, b, h, c: h, "C": lambda size, b, h, c: order(c) if tpu else 0}
 
         def index(b, h, c=0):

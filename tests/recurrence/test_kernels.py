@@ -1,0 +1,115 @@
+"""The kernels, as far as a CPU can tell: interpreted, against the step-by-step forms, and lowered for TPUs and GPUs."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+
+from archlab.recurrence import channel_decay, delta_rule, diagonal, generalised_delta, scalar_decay, selective_scan
+from archlab.recurrence.kernels import channel_decay as of_channels
+from archlab.recurrence.kernels import diagonal as of_diagonals
+from archlab.recurrence.kernels import matrix
+from archlab.recurrence.kernels import selective_scan as of_scans
+from archlab.recurrence.kernels.delta_rule import delta_rule_kernel
+from archlab.recurrence.kernels.generalised_delta import generalised_delta_kernel
+from archlab.recurrence.kernels.scalar_decay import scalar_decay_kernel
+
+# For each: the definition, the kernel, and the letters of the arrays before `starts` and after it.
+KERNELS = {
+    "scalar_decay": (scalar_decay.sequential, scalar_decay_kernel, "BGTN BGTN BHTP BHT", "BHNP"),
+    "channel_decay": (channel_decay.sequential, of_channels.channel_decay_kernel, "BHTN BHTN BHTP BHTN", "BHNP"),
+    "before": (functools.partial(channel_decay.sequential, before=True),
+               functools.partial(of_channels.channel_decay_kernel, before=True), "BHTN BHTN BHTP BHTN", "BHNP"),
+    "delta_rule": (delta_rule.sequential, delta_rule_kernel, "BGTN BGTN BHTP BHT BHT", "BHNP"),
+    "generalised_delta": (generalised_delta.sequential, generalised_delta_kernel, "BHTN BHTN BHTP BHTN BHTN BHTN",
+                          "BHNP"),
+    "selective_scan": (selective_scan.sequential, of_scans.selective_scan_kernel, "BTF BTF FN BTN BTN", "BFN"),
+    "diagonal": (lambda a, b, starts, h: diagonal.sequential(a, b, h),
+                 lambda a, b, starts, h, **options: of_diagonals.diagonal_kernel(a, b, h, **options), "BTF BTF", "BF"),
+}
+
+
+def inputs(name, T, **sizes):
+    """Decays from nearly 1 to nothing at all (a logarithm of minus infinity), keys of length 1, and documents that
+    begin at a row's first token and inside, side by side."""
+    sizes = dict(B=2, G=2, H=4, T=T, N=8, P=8, F=6) | sizes
+    draw = np.random.default_rng(0)
+    before, after = KERNELS[name][2:]
+    arrays = [draw.normal(size=[sizes[x] for x in word]) for word in [*before.split(), after]]
+    unit = lambda a: a / np.linalg.norm(a, axis=-1, keepdims=True)
+    if name == "diagonal":
+        arrays[0] = np.tanh(arrays[0])
+    elif name == "selective_scan":
+        arrays[1], arrays[2] = np.exp(arrays[1]), -np.exp(arrays[2])
+    else:
+        arrays[:2] = map(unit, arrays[:2])
+        arrays[-2] = -np.exp(3 * arrays[-2])
+        arrays[-2][:, :, 5] = -np.inf
+    if name == "delta_rule":
+        arrays[3] = 1 + np.tanh(arrays[3])  # from 0 to 2
+    if name == "generalised_delta":
+        arrays[3], arrays[4] = -unit(arrays[3]), unit(arrays[3]) / (1 + np.exp(arrays[4]))
+    starts = np.zeros((sizes["B"], T), bool)
+    starts[0, [0, T // 5, T // 5 + 1]] = starts[-1, T - 2] = True
+    return [jnp.asarray(a, jnp.float32) for a in arrays], jnp.asarray(starts)
+
+
+def weighed(run, starts):
+    """A function of the arrays that depends on every output."""
+    def loss(*arrays):
+        y, state = run(*arrays[:-1], starts, arrays[-1])
+        return (y * jnp.cos(jnp.arange(y.size)).reshape(y.shape)).sum() + (state**2).sum(), (y, state)
+
+    return loss
+
+
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernels_are_the_steps_with_gradients(name, platform):
+    """Three chunks, the last not whole; fewer groups than heads where there may be."""
+    arrays, starts = inputs(name, 21)
+    steps, kernel = KERNELS[name][:2]
+    kernel = functools.partial(kernel, size=8, platform=platform, interpret=True)
+    everything = tuple(range(len(arrays)))
+    (want, want_grads), (got, got_grads) = (
+        jax.jit(jax.grad(weighed(run, starts), argnums=everything, has_aux=True))(*arrays)[::-1]
+        for run in (steps, kernel))
+    for x, y in zip((*got, *got_grads), (*want, *want_grads), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5 * float(jnp.abs(y).max()))
+
+
+def test_the_inverse_bears_keys_that_are_alike():
+    """Of ones below the diagonal, whose powers a product of powers would have to cancel, to 1e17."""
+    size = 64
+    A = jnp.tril(jnp.ones((size, size)), -1)
+    np.testing.assert_allclose(matrix.inverse(A), jnp.eye(size) - jnp.eye(size, k=-1), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernels_lower_for_tpus_and_gpus(name):
+    """One kernel forward and one backward, on each."""
+    arrays, starts = inputs(name, 128, B=1, N=16, P=32, F=256)
+
+    def grad(platform):
+        run = functools.partial(KERNELS[name][1], platform=platform)
+        return jax.jit(jax.grad(weighed(run, starts), argnums=tuple(range(len(arrays))), has_aux=True))
+
+    module = export.export(grad("tpu"), platforms=["tpu"])(*arrays).mlir_module()
+    assert module.count("tpu_custom_call") == 2
+    lowered = grad("gpu").trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+    assert lowered.count("__gpu$xla.gpu.triton") == 2
+
+
+def test_what_fits():
+    def state(N, P, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct((1, 1, N, P), dtype)
+
+    assert matrix.fits(state(24, 128), 64, platform="tpu") and not matrix.fits(state(24, 128), 64, platform="gpu")
+    assert matrix.fits(state(64, 64), 64, platform="gpu") and not matrix.fits(state(64, 64), 63, platform="gpu")
+    assert not matrix.fits(state(64, 64), 512) and not matrix.fits(state(64, 64, jnp.float64), 64, platform="tpu")
+    assert of_scans.fits(state(8, 16), "gpu") and not of_scans.fits(state(8, 12), "gpu") and \
+        of_scans.fits(state(8, 12), "tpu") and not of_scans.fits(state(8, 16))
+    assert of_diagonals.fits(jnp.float32, "gpu") and not of_diagonals.fits(jnp.complex64, "tpu")
