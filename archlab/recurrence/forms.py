@@ -29,10 +29,11 @@ class Chunked(Form):
 
 
 class Kernel(Form):
-    """`Chunked`, in one Pallas kernel that keeps a chunk on the chip. interpret: run without a GPU or TPU, for tests."""
+    """`Chunked`, in one Pallas kernel that keeps a chunk on the chip. size: a power of 2. interpret: run without a GPU
+    or TPU, for tests."""
 
     size: int = 64
     interpret: bool = False
 
     def __post_init__(self):
-        require(self.size >= 1, self, "size", "must be at least 1")
+        require(self.size >= 1 and self.size & (self.size - 1) == 0, self, "size", "must be a power of 2")

@@ -9,6 +9,7 @@ import pytest
 from jax import export
 
 from archlab.recurrence import channel_decay, delta_rule, diagonal, generalised_delta, scalar_decay, selective_scan
+from archlab.recurrence.forms import Associative, Kernel, Sequential
 from archlab.recurrence.kernels import channel_decay as of_channels
 from archlab.recurrence.kernels import diagonal as of_diagonals
 from archlab.recurrence.kernels import matrix
@@ -16,6 +17,8 @@ from archlab.recurrence.kernels import selective_scan as of_scans
 from archlab.recurrence.kernels.delta_rule import delta_rule_kernel
 from archlab.recurrence.kernels.generalised_delta import generalised_delta_kernel
 from archlab.recurrence.kernels.scalar_decay import scalar_decay_kernel
+from archlab.recurrence.memory import MemoryState
+from tests.helpers import tokens_of
 
 # For each: the definition, the kernel, and the letters of the arrays before `starts` and after it.
 KERNELS = {
@@ -69,8 +72,8 @@ def weighed(run, starts):
 @pytest.mark.parametrize("platform", ["tpu", "gpu"])
 @pytest.mark.parametrize("name", KERNELS)
 def test_kernels_are_the_steps_with_gradients(name, platform):
-    """Three chunks, the last not whole; fewer groups than heads where there may be."""
-    arrays, starts = inputs(name, 21)
+    """Three chunks, the last not whole; fewer groups than heads where there may be; on a GPU states in two tiles."""
+    arrays, starts = inputs(name, 21, P=8 if platform == "tpu" else 2 * matrix.TILE)
     steps, kernel = KERNELS[name][:2]
     kernel = functools.partial(kernel, size=8, platform=platform, interpret=True)
     everything = tuple(range(len(arrays)))
@@ -103,13 +106,50 @@ def test_kernels_lower_for_tpus_and_gpus(name):
     assert lowered.count("__gpu$xla.gpu.triton") == 2
 
 
+def test_the_primitives_take_kernels():
+    """As layers call them: padding, groups, and RWKV's bonus."""
+    (q, k, v, g, S), _ = inputs("scalar_decay", 11, B=1)
+    tokens, state = tokens_of([[1] * 4 + [2] * 5 + [0] * 2]), MemoryState(S, jnp.ones(1, jnp.int32))
+    more = lambda a: jnp.repeat(a, 2, 1)
+    slow = jnp.maximum(jnp.broadcast_to(g[..., None], v.shape), -3)
+    calls = {
+        "scalar_decay": lambda form: scalar_decay.scalar_decay(q, k, v, g, tokens, state, form),
+        "channel_decay": lambda form: channel_decay.channel_decay(
+            more(q), more(k), v, slow, tokens, state, v[0, :, 0], form),
+        "delta_rule": lambda form: delta_rule.delta_rule(q, k, v, jnp.exp(g), g, tokens, state, form),
+        "generalised_delta": lambda form: generalised_delta.generalised_delta(
+            more(q), more(k), v, -more(k), more(k) / 2, slow, tokens, state, form),
+    }
+    for name, call in calls.items():
+        run = jax.jit(call, static_argnums=0)
+        (want, after), (got, now) = run(Sequential()), run(Kernel(4, interpret=True))
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(now.matrix, after.matrix, rtol=1e-5, atol=1e-5, err_msg=name)
+        with pytest.raises(ValueError, match="Associative"):
+            call(Associative())
+
+
 def test_what_fits():
     def state(N, P, dtype=jnp.float32):
         return jax.ShapeDtypeStruct((1, 1, N, P), dtype)
 
-    assert matrix.fits(state(24, 128), 64, platform="tpu") and not matrix.fits(state(24, 128), 64, platform="gpu")
-    assert matrix.fits(state(64, 64), 64, platform="gpu") and not matrix.fits(state(64, 64), 63, platform="gpu")
-    assert not matrix.fits(state(64, 64), 512) and not matrix.fits(state(64, 64, jnp.float64), 64, platform="tpu")
-    assert of_scans.fits(state(8, 16), "gpu") and not of_scans.fits(state(8, 12), "gpu") and \
-        of_scans.fits(state(8, 12), "tpu") and not of_scans.fits(state(8, 16))
+    assert matrix.fitting(state(24, 128), 64, "tpu") == Kernel(64) and matrix.fitting(state(24, 128), 64, "gpu") is None
+    assert matrix.fitting(state(64, 64), 16, "gpu") == Kernel(16) and matrix.fitting(state(64, 64), 15, "gpu") is None
+    assert matrix.fitting(state(64, 64), 512) is None  # on a CPU
+    assert matrix.fitting(state(64, 64, jnp.float64), 64, "tpu") is None
+    assert of_scans.fits(state(8, 16), "gpu") and not of_scans.fits(state(8, 12), "gpu")
+    assert of_scans.fits(state(8, 12), "tpu") and not of_scans.fits(state(8, 16))
     assert of_diagonals.fits(jnp.float32, "gpu") and not of_diagonals.fits(jnp.complex64, "tpu")
+    with pytest.raises(ValueError, match="power of 2"):
+        Kernel(48)
+
+
+def test_kernels_are_chosen_on_tpus_and_gpus(monkeypatch):
+    """What a model of one's own would lower to there."""
+    (q, k, v, g, S), _ = inputs("scalar_decay", 64, B=1, N=16, P=32)
+    tokens, state = tokens_of(jnp.ones((1, 64), jnp.int32)), MemoryState(S, jnp.ones(1, jnp.int32))
+    run = jax.jit(lambda *a: scalar_decay.scalar_decay(*a, tokens, state))
+    for backend, platform, target in (("tpu", "tpu", "tpu_custom_call"), ("gpu", "cuda", "__gpu$xla.gpu.triton")):
+        monkeypatch.setattr(jax, "default_backend", lambda: backend)
+        assert run.trace(q, k, v, g).lower(lowering_platforms=(platform,)).as_text().count(target) == 1
+        jax.clear_caches()

@@ -12,17 +12,28 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from archlab.recurrence.forms import Kernel
 from archlab.recurrence.kernels.sweep import on_gpu, on_tpu, sweep
 
+TILE = 32  # columns of a state that a GPU's program takes
 LEAST = -1e4  # of logarithms of decays: exp of it is 0, and it may be multiplied by 0 where -inf may not
 
 
-def fits(S: jax.Array, length: int, size: int = 64, platform: str | None = None) -> bool:
-    """States of 32 bits and at least one whole chunk, on a TPU with at most 256 x 256 numbers a head. On a GPU 16, 32
-    or 64 keys and values: Triton knows powers of 2 only, and a multiprocessor has no room for more."""
-    keys, values = S.shape[-2:]
-    room = on_tpu(platform) and max(keys, values) <= 256 or on_gpu(platform) and {keys, values} <= {16, 32, 64}
-    return room and S.dtype == jnp.float32 and length >= size
+def fitting(S: jax.Array, length: int, platform: str | None = None) -> Kernel | None:
+    """The form to take for states S [B, H, N, P] and a piece of some length; None where kernels do not fit.
+
+    They fit states of 32 bits and at least one whole chunk: on a TPU with at most 256 x 256 numbers a head; on a GPU
+    with 16, 32 or 64 keys, and values in powers of 2, since Triton knows no other sizes, and chunks of 16 steps, since
+    a multiprocessor's registers hold no more.
+    """
+    N, P = S.shape[-2:]
+    if on_tpu(platform) and max(N, P) <= 256:
+        form = Kernel(64)
+    elif on_gpu(platform) and N in (16, 32, 64) and P >= 16 and P & (P - 1) == 0:
+        form = Kernel(16)
+    else:
+        return None
+    return form if S.dtype == jnp.float32 and length >= form.size else None
 
 
 def forgetting(g, starts):
@@ -35,21 +46,26 @@ def through_chunks(rule: Callable, arrays: list[jax.Array], S: jax.Array, size: 
                    interpret: bool = False):
     """`rule` over a piece.
 
-    Args: arrays [B, H, T, ...], or of G groups of the heads; with no further axis, blocks come as rows [1, size], else
-      as [size, N]; where they are zero the rule must leave the state as it is. S [B, H, N, P]. size: steps to a chunk,
-      a power of 2. platform: "tpu", "gpu", or None for the one in use.
+    Args: arrays: q, k and v, then others, [B, H, T, ...] or of G groups of the heads; with no further axis, blocks come
+      as rows [1, size], else as [size, N]; where they are zero the rule must leave the state as it is. S [B, H, N, P].
+      size: steps to a chunk, a power of 2. platform: "tpu", "gpu", or None for the one in use.
     Returns: y [B, H, T, P] and the last S.
     """
-    length = arrays[0].shape[2]
+    length, (B, H, _, P) = arrays[0].shape[2], S.shape
     size = min(size, 1 << (length - 1).bit_length())
+    # Columns of a state have nothing to do with each other: a GPU takes 32 at a time, as if they were heads.
+    tiles = P // TILE if on_gpu(platform) and P % TILE == 0 else 1
+    apart = lambda a: jnp.moveaxis(a.reshape(B, H, -1, tiles, P // tiles), 3, 2).reshape(B, H * tiles, -1, P // tiles)
+    joined = lambda a: jnp.moveaxis(a.reshape(B, H, tiles, -1, P // tiles), 2, 3).reshape(B, H, -1, P)
 
     def cut(a):
         a = jnp.pad(a, [(0, 0), (0, 0), (0, -length % size)] + [(0, 0)] * (a.ndim - 3))
         row = (1, size) if a.ndim == 3 else (size,)
         return a.reshape(*a.shape[:2], -1, *row, *a.shape[3:])
 
-    y, S = _run(rule, (platform, interpret), S, *map(cut, arrays))
-    return y.reshape(*y.shape[:2], -1, y.shape[-1])[:, :, :length], S
+    q, k, v, *rest = arrays
+    y, S = _run(rule, (platform, interpret), apart(S), *map(cut, (q, k, apart(v), *rest)))
+    return joined(y)[:, :, :length], joined(S)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
