@@ -88,7 +88,7 @@ def heatmap(models: Sequence[str], values: np.ndarray, tasks: Mapping[str, Task]
     FigureCanvasAgg(fig)
     ax = fig.add_subplot()
     shown = np.ma.masked_invalid(np.clip(values, 0, 1))
-    mesh = ax.pcolormesh(shown, cmap=SHADES, vmin=0, vmax=1, edgecolor=plots.PAPER, linewidth=1.5)
+    ax.pcolormesh(shown, cmap=SHADES, vmin=0, vmax=1, edgecolor=plots.PAPER, linewidth=1.5)
     for (i, j), value in np.ndenumerate(values):
         ax.text(j + 0.5, i + 0.5, "–" if np.isnan(value) else f"{value:.2f}", ha="center", va="center", fontsize=8,
                 color="#ffffff" if value > 0.75 else "#1f2a24")
@@ -101,10 +101,6 @@ def heatmap(models: Sequence[str], values: np.ndarray, tasks: Mapping[str, Task]
     ax.set_xticks(np.arange(len(columns)) + 0.5, labels, rotation=38, ha="left", rotation_mode="anchor")
     ax.xaxis.tick_top()
     ax.invert_yaxis()
-    bar = fig.colorbar(mesh, ax=ax, pad=0.02, fraction=0.03)
-    bar.outline.set_visible(False)
-    bar.solids.set(rasterized=False, edgecolor="face")
-    bar.set_label("accuracy (of tracking tasks: scaled)", color=plots.MUTED)
     return fig
 
 
@@ -128,15 +124,21 @@ def figures(table: Sequence[dict], tasks: Mapping[str, Task]) -> dict[str, tuple
         if curves:
             trained, measure = list(task.tests())[0], mine[0]["measure"]
             chance = 0 if isinstance(task, Tracking) else task.chance
-            made[f"length_{name}"] = (plots.lines(curves, colours, f"Beyond the trained length: {name}", "tokens",
-                                                  measure, log="x", settle=0),
+            title = f"Beyond the trained length: {name}"
+            made[f"length_{name}"] = (_whole(plots.lines(curves, colours, title, "tokens", measure, log="x")),
                                       f"Trained at {trained} tokens; chance is {chance:.2g}.")
         if isinstance(task, MQAR) and (curves := _by_state(mine, models)):
-            made[f"state_{name}"] = (plots.lines(curves, colours, f"Recall for memory: {name}",
-                                                 "bytes of state per text", "accuracy", log="x", settle=0),
+            made[f"state_{name}"] = (_whole(plots.lines(curves, colours, f"Recall for memory: {name}",
+                                                        "bytes of state per text", "accuracy", log="x")),
                                      f"Each point is a width; the state is that of {task.length} tokens, as the model "
                                      f"keeps it in decoding. Chance is {task.chance:.2g}.")
     return made
+
+
+def _whole(figure: Figure) -> Figure:
+    """The figure with all of what an accuracy can be on its y axis."""
+    figure.axes[0].set_ylim(-0.06, 1.06)
+    return figure
 
 
 def _by_state(rows: Sequence[dict], models: Sequence[str]) -> dict[str, list[tuple]]:

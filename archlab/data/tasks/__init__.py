@@ -24,7 +24,7 @@ TASKS: dict[str, Task] = {
     "mqar-512": MQAR(length=512, pairs=64),
     "mqar-tiny": MQAR(symbols=64, length=64, pairs=16),
     "induction-heads": InductionHeads(),
-    "induction-heads-tiny": InductionHeads(length=64, lengths=(256, 1024, 4096, 16384), marks=12),
+    "induction-heads-tiny": InductionHeads(length=64, lengths=(256, 1024, 4096, 16384), marks=8),
     "selective-copying": SelectiveCopying(),
     "selective-copying-tiny": SelectiveCopying(symbols=10, length=40, tokens=8),
     "copying": Copying(),
@@ -38,7 +38,7 @@ TASKS: dict[str, Task] = {
     "mad-compression": Compression(),
     "mad-memorisation": Memorisation(),
     "list-ops": ListOps(),
-    "list-ops-tiny": ListOps(shortest=4, length=60, depth=3, arguments=5),
+    "list-ops-tiny": ListOps(shortest=10, length=60, depth=5, arguments=8),
     "needle": Needle(length=1024),
     "needle-tiny": Needle(length=128),
 }

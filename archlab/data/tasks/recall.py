@@ -81,8 +81,8 @@ class InductionHeads(Task):
 
     Random tokens 0 to symbols - 2, and the mark M = symbols - 1 twice: once anywhere, once at the end. Trained at one
     length (256) and tested from 2^6 to 2^14 and beyond. Two layers, width 64. Chance: 1 / (symbols - 1).
-    marks: how often M stands in a row of training, each time before a, which is asked for at each but the first; more
-    than the published 2 give more to learn from in a short training. A test has 2.
+    marks: M stands 2 to `marks` times in a row of training, each time before a, which is asked for at each but the
+    first; more than the published 2 give more to learn from in a short training. A test has 2.
 
     Theory: Mamba learns to store what follows M and nothing else, which works at any length (100% to 2^20 as
     published). Attention needs two layers, solves its own length, and goes to chance beyond two times of it: with
@@ -120,7 +120,9 @@ class InductionHeads(Task):
         answer = draws.below(mark, 1)
         # Places for pairs: every second, beginning at the first or the second token; the last token is the question.
         pairs = (self.length - 2) // 2
-        places = 2 * np.sort(draws.choose(pairs, self.marks - 1), axis=1) + draws.below(self.length - 2 * pairs, 1)
+        places = 2 * draws.choose(pairs, self.marks - 1) + draws.below(self.length - 1 - 2 * pairs, 1)
+        count = 1 + draws.below(self.marks - 1, 1)
+        places = np.sort(np.where(np.arange(self.marks - 1) < count, places, places[:, :1]), axis=1)
         np.put_along_axis(ids, places, mark, 1)
         np.put_along_axis(ids, places + 1, np.broadcast_to(answer, places.shape), 1)
         ids[:, -1] = mark

@@ -7,7 +7,8 @@ import numpy as np
 from archlab.data.tasks.task import Draws, Task, as_batch, next_tokens, positive
 from archlab.layers.config import require
 
-OPERATORS = {10: np.min, 11: np.max, 12: np.median, 13: lambda values: np.sum(values) % 10}  # the list may be long
+OPERATORS = {10: np.min, 11: np.max, 12: np.median, 13: lambda values: np.sum(values) % 10}
+TRIES = 10_000  # lists drawn before a length is called out of reach
 
 
 class ListOps(Task):
@@ -33,8 +34,6 @@ class ListOps(Task):
         positive(self, "depth")
         require(self.arguments >= 2, self, "arguments", "must be at least 2")
         require(4 <= self.shortest <= self.length, self, "shortest", f"must be from 4 to length = {self.length}")
-        if self.depth == 1:
-            require(self.shortest <= self.arguments + 2, self, "shortest", "must be at most arguments + 2 at depth 1")
 
     @property
     def vocab(self) -> int:
@@ -56,21 +55,27 @@ class ListOps(Task):
         ids, targets = (np.zeros((draws.rows, self.length), int) for _ in range(2))
         sizes = np.zeros(draws.rows, int)
         for row, rng in enumerate(draws.generators()):  # a grammar: row by row
-            while not self.shortest <= len(tokens := self._list(rng, 1)[0]) <= self.length:
-                pass
+            tokens = self._fitting(rng)
             sizes[row] = len(tokens)
             ids[row, :len(tokens)] = tokens
             targets[row] = list_value(tokens)
         return as_batch(ids, targets, np.arange(self.length) == sizes[:, None] - 1, sizes)
 
-    def _list(self, rng: np.random.Generator, depth: int) -> tuple[list[int]]:
+    def _fitting(self, rng: np.random.Generator) -> list[int]:
+        for _ in range(TRIES):
+            if self.shortest <= len(tokens := self._list(rng, 1)) <= self.length:
+                return tokens
+        raise ValueError(f"ListOps: none of {TRIES:,} lists had {self.shortest} to {self.length} tokens; give shorter "
+                         "ones, or a larger depth or arguments")
+
+    def _list(self, rng: np.random.Generator, depth: int) -> list[int]:
         tokens = [10 + int(rng.integers(4))]
         nested = rng.random(int(rng.integers(2, self.arguments + 1))) < (0.25 if depth < self.depth else 0)
         for inner in nested:
-            tokens += self._list(rng, depth + 1)[0] if inner else [int(rng.integers(10))]
+            tokens += self._list(rng, depth + 1) if inner else [int(rng.integers(10))]
             if len(tokens) > self.length:
                 break  # too long already: it will be thrown away
-        return [*tokens, 14],
+        return [*tokens, 14]
 
 
 def list_value(tokens) -> int:
