@@ -40,12 +40,12 @@ def up_to(multiple: int, size: float) -> int:
 
 SEVEN_TO_ONE = "mmmmmmms"
 CONFIGS = {
-    "xlstm-7-1-nano": xlstm(24, 2, heads=3, pattern="ms"),
+    "xlstm-7-1-nano": xlstm(24, 2, heads=2, pattern="ms"),
     "xlstm-7-1-tiny": xlstm(128, 8, pattern=SEVEN_TO_ONE),
     "xlstm-7-1-small": xlstm(320, 14, pattern=SEVEN_TO_ONE, vocab=512),
     "xlstm-1-0-tiny": xlstm(128, 8),
     "xlstm-1-0-small": xlstm(320, 14, vocab=512),
-    "xlstm-large-nano": xlstm_large(24, 2, heads=3),
+    "xlstm-large-nano": xlstm_large(24, 2, heads=2),
     "xlstm-large-tiny": xlstm_large(128, 6, heads=4),
     "xlstm-large-small": xlstm_large(384, 6, heads=4, vocab=512),
     "xlstm-1-0-350m": xlstm(1024, 48, vocab=50304),

@@ -9,6 +9,7 @@ from flax import nnx
 
 from archlab.layers.alphabet import parameters_of
 from archlab.layers.contract import Place
+from archlab.recurrence.forms import Chunked, Sequential
 from archlab.recurrence.mlstm import MLSTM, CellState, mlstm
 from archlab.recurrence.mlstm_large import MLSTMLarge
 from tests.helpers import tokens_of
@@ -57,7 +58,8 @@ def large(w, x):
 
 
 @pytest.mark.parametrize("config, reference", [
-    (MLSTM(2, expand=3, conv=3), block), (MLSTMLarge(2, values=1.5, gate_cap=2.0), large)], ids=["paper", "large"])
+    (MLSTM(2, expand=3, conv=3, form=Chunked(3)), block),
+    (MLSTMLarge(2, values=1.5, gate_cap=2.0, form=Sequential()), large)], ids=["paper", "large"])
 def test_mlstm_is_the_papers(float64, config, reference):
     check(config, reference)
 

@@ -36,7 +36,8 @@ def read(f):
     for name in INERT:
         f.take(name, None)
     for name, value in (("use_bias", False), ("add_out_norm", True), ("weight_mode", "single"),
-                        ("add_post_blocks_norm", True), ("add_post_norm", False), ("add_qk_norm", False)):
+                        ("add_post_blocks_norm", True), ("add_post_norm", False), ("add_qk_norm", False),
+                        ("tie_word_embeddings", False)):
         f.only(name, value, default=value)
     width, layers, eps = f.take("hidden_size"), f.take("num_hidden_layers"), f.take("norm_eps")
     for name, value in (("embedding_dim", width), ("num_blocks", layers), ("cell_norm_eps", eps)):  # said twice
