@@ -9,11 +9,11 @@ together: MiniMax-01 (arXiv:2501.08313), section 2.2. The slopes s_h follow eith
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from archlab.layers.alphabet import parameter, project
 from archlab.layers.config import Config, LayerConfig, require
-from archlab.layers.contract import Aux, Layer, Place, Tokens, wide
+from archlab.layers.contract import Aux, Layer, Place, Tokens
 from archlab.layers.mlp import residual_scale
 from archlab.layers.norms import Norm, NormModule, RMSNorm
 from archlab.recurrence.forms import Form
@@ -24,8 +24,8 @@ from archlab.recurrence.scalar_decay import scalar_decay
 class Slopes(Config):
     """Base of the rules by which heads and layers forget."""
 
-    def of(self, heads: int, layer, layers: int) -> Float[Array, "H"]:
-        """s_h >= 0 of each head in `layer` of `layers`, counted from 0; the layer may be traced."""
+    def of(self, heads: int, layer: int | Int[Array, "1"], layers: int) -> Float[Array, "H"]:
+        """s_h >= 0 of each head in `layer` of `layers`, counted from 0."""
         raise TypeError(f"{type(self).__name__} does not say how its slopes are made")
 
 
@@ -70,7 +70,8 @@ class LightningAttention(LayerConfig):
 
 
 class LightningAttentionModule(Layer):
-    """Weights: query, key, value and gate [D, H, K], out [H, K, D]; norm [H K]; slopes [H], which nothing moves."""
+    """Weights: query, key, value and gate [D, H, K], out [H, K, D]; norm [H K]. layer [1] int32, no weight: the number
+    of the layer, on which its slopes depend."""
 
     def __init__(self, config: LightningAttention, rngs: nnx.Rngs, at: Place):
         D, H, self.form = at.width, config.heads, config.form
@@ -78,8 +79,8 @@ class LightningAttentionModule(Layer):
         self.query, self.key, self.value, self.gate = (parameter(rngs, "D->HK", (D, H, K)) for _ in range(4))
         self.norm = NormModule(config.norm, rngs, (H * K,), "->F")
         self.out = parameter(rngs, "HK->D", (H, K, D), scale=residual_scale(at))
-        slopes = config.slopes.of(H, at.index // 2, max(at.depth // 2, 1))
-        self.slopes = parameter(rngs, "->H", (H,), lambda key, shape, dtype: slopes.astype(dtype), rate=0.0)
+        self.slopes, self.layers = config.slopes, max(at.depth // 2, 1)
+        self.layer = nnx.Variable(jnp.full((1,), at.index // 2, jnp.int32))
 
     def init_state(self, batch, max_length, dtype=jnp.float32, memory=None):
         _, H, K = self.key.shape
@@ -87,7 +88,8 @@ class LightningAttentionModule(Layer):
 
     def __call__(self, x, tokens: Tokens, state: MemoryState | None = None):
         q, k, v = (jax.nn.silu(project(x, weight, "BTD,DHK->BHTK")) for weight in (self.query, self.key, self.value))
-        log_decay = jnp.broadcast_to(jnp.minimum(-wide(self.slopes[...]), 0)[:, None], q.shape[:3])
+        slopes = self.slopes.of(q.shape[1], self.layer[...], self.layers)
+        log_decay = jnp.broadcast_to(-slopes[:, None], q.shape[:3])
         past = self.init_state(x.shape[0], 0, x.dtype) if state is None else state
         y, new = scalar_decay(q, k, v, log_decay, tokens, past, self.form)
         gate = jax.nn.sigmoid(project(x, self.gate, "BTD,DHK->BTHK"))
