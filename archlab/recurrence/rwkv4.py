@@ -5,7 +5,7 @@ Peng et al. 2023 (arXiv:2305.13048), section 3. With a decay w > 0 and a bonus u
     y_t = (sum_{i<t} e^{k_i - (t-1-i) w} v_i + e^{u + k_t} v_t) / (the same without v)
 
 Numerator and denominator are held as multiples of e^{p_t}, p_t = max(p_{t-1} - w, k_t), so that no exponential
-overflows (appendix D). Initialisation and learning rates as in the published code; its embedding starts near zero.
+overflows (appendix D). Initialisation and learning rates as in the published code.
 """
 
 import jax
@@ -107,15 +107,28 @@ def weighted_average(k: Float[Array, "B T F"], v: Float[Array, "B T F"], w: Floa
 
 
 def peaks(k: Float[Array, "B T F"], w: Float[Array, "F"], starts: Bool[Array, "B T 1"], last: Float[Array, "B F"]):
-    """p_0 = last, p_t = max(p_{t-1} - w, k_t), or k_t at the start of a document; [B, 1 + T, F].
+    """p_0 = last, p_t = max(p_{t-1} - w, k_t), or k_t at the start of a document; [B, 1 + T, F]."""
+    run = one_by_one if jax.default_backend() == "cpu" or k.shape[1] == 1 else doubling
+    return run(k, w, starts, last.astype(k.dtype))
 
-    In log2(T) steps, each of which doubles how far back is seen: a maximum does not mind what it sees twice.
-    """
-    line, T = jnp.concatenate([last[:, None].astype(k.dtype), k], 1), k.shape[1]
-    places = jnp.arange(T + 1)[:, None]
+
+def one_by_one(k, w, starts, last):
+    """Step by step: the definition."""
+    def step(p, now):
+        k, start = now
+        p = jnp.where(start, k, jnp.maximum(p - w, k))
+        return p, p
+
+    _, p = jax.lax.scan(step, last, (jnp.swapaxes(k, 0, 1), jnp.swapaxes(starts, 0, 1)))
+    return jnp.concatenate([last[:, None], jnp.swapaxes(p, 0, 1)], 1)
+
+
+def doubling(k, w, starts, last):
+    """In log2(T) steps, each of which doubles how far back is seen: a maximum does not mind what it sees twice."""
+    line, places = jnp.concatenate([last[:, None], k], 1), jnp.arange(1 + k.shape[1])[:, None]
     begun = jax.lax.cummax(jnp.where(jnp.pad(starts, ((0, 0), (1, 0), (0, 0))), places, 0), axis=1)
     reach = 1
-    while reach <= T:
+    while reach <= k.shape[1]:
         earlier = jnp.pad(line, ((0, 0), (reach, 0), (0, 0)))[:, :-reach] - reach * w
         line = jnp.where(places - begun >= reach, jnp.maximum(line, earlier), line)
         reach *= 2

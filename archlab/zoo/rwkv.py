@@ -2,6 +2,7 @@
 
 Blocks of a time mix and a channel mix, each behind a LayerNorm; one more norms the embedded text. RWKV-7's first layer
 hands its values on to all others. Published: RWKV-4 for the Pile (GPT-NeoX's vocabulary), the others as World models.
+Tables and heads begin as everywhere here; in the published code with uniform numbers below 1e-4, and orthogonal.
 """
 
 from archlab.layers.config import LayerConfig

@@ -14,7 +14,7 @@ from archlab.layers.alphabet import parameters_of
 from archlab.layers.contract import Place
 from archlab.layers.residual import Residual
 from archlab.layers.sequence import Sequence
-from archlab.recurrence.rwkv4 import RWKV4, ChannelMix4, RWKV4State, weighted_average
+from archlab.recurrence.rwkv4 import RWKV4, ChannelMix4, RWKV4State, doubling, one_by_one, weighted_average
 from archlab.recurrence.rwkv5 import RWKV5, ChannelMix5
 from archlab.recurrence.rwkv6 import TARGETS, RWKV6, ChannelMix6
 from archlab.recurrence.rwkv7 import FIRST, RWKV7, ChannelMix7
@@ -192,6 +192,17 @@ def builder(config):
 def built(config, index):
     """The parameters of a layer of six; where it stands is not known when it is compiled, as in a `Repeat`."""
     return parameters_of(builder(config)(index))
+
+
+def test_rwkv4s_peaks_by_doubling(float64):
+    """What accelerators run."""
+    k, w = np.random.default_rng(0).normal(size=(2, 21, 3)), np.array([0.01, 0.3, 5.0])
+    starts = np.zeros((2, 21, 1), bool)
+    starts[0, [0, 9, 10]] = True
+    last = jnp.array([[9.0] * 3, [1.5] * 3])
+    for length in (8, 21):
+        args = jnp.asarray(k)[:, :length], w, starts[:, :length], last
+        np.testing.assert_allclose(jax.jit(doubling)(*args), jax.jit(one_by_one)(*args), rtol=1e-12)
 
 
 def gram(weight):
