@@ -5,7 +5,7 @@
 One FFT does it where every row is one document. Where documents are packed, the row is halved, and halved again: what
 the left half of a stretch adds to its right half is one FFT, in which only the document that lies across the middle
 takes part. All pairs of tokens meet once: O(T log^2 T) time, O(T) memory. By halves, no output depends on a later token
-or on another document, not by round-off either.
+or on another document, not by round-off either. Short pieces are summed pair by pair.
 """
 
 import functools
@@ -18,7 +18,7 @@ from archlab.layers.contract import Tokens, wide
 from archlab.layers.sharding import per_shard
 from archlab.recurrence.convolution import ConvState
 
-DENSE = 32  # halves up to this length go by products of matrices, longer ones by FFT
+DENSE = 32  # halves up to this length go by products of matrices, longer ones by FFT; pieces up to it by pairs
 
 
 def long_convolution(u: Float[Array, "B T F"], h: Float[Array, "J F"], segments: Int[Array, "B T"]):
@@ -48,12 +48,19 @@ _convolve.defvjp(lambda *arguments: (_convolve(*arguments), arguments), _backwar
 def _either(of):
     """`of(form)`, with the form that suffices for the documents."""
     def run(u, h, segments, *rest):
-        if u.shape[1] <= 2 * DENSE:
-            return of(_by_halves)(u, h, segments, *rest)
+        if u.shape[1] <= DENSE:
+            return of(_by_pairs)(u, h, segments, *rest)
         single = ((segments == 0) | (segments == segments.max(1, keepdims=True))).all()
         return jax.lax.cond(single, of(_at_once), of(_by_halves), u, h, segments, *rest)
 
     return run
+
+
+def _by_pairs(u, h, segments):
+    place, same = jnp.arange(u.shape[1]), segments[:, :, None] == segments[:, None]
+    lag = place[:, None] - place
+    taps = jnp.where((lag >= 0)[:, :, None], h[jnp.maximum(lag, 0)], 0)
+    return (taps * jnp.where(same[..., None], u[:, None], 0)).sum(2)
 
 
 def _at_once(u, h, segments):

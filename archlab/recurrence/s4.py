@@ -27,8 +27,8 @@ from archlab.recurrence.state_space import (RATE, StateSpaceModule, StateSpaceSt
 class S4(LayerConfig):
     """S4's layer: HiPPO-LegS at the start, discretised by the bilinear method.
 
-    state: N, real numbers a channel; half as many complex modes are held. dt_min, dt_max: the range of step sizes at the
-    start.
+    state: N, real numbers a channel; half as many complex modes are held. dt_min, dt_max: the range of step sizes at
+    the start.
     """
 
     state: int = 64
@@ -73,8 +73,8 @@ class LowRankSSM(nnx.Module):
 class LowRankSystem:
     """The bilinear step of `A = Lambda - P P*`. All arrays [F, N], dt [F, 1]; for pieces of at most `longest` tokens.
 
-    With one mode of each pair held, P* x is `2 Re(conj(P) . x)` and A is linear over the real numbers only: where powers
-    of it are needed, x is taken as its real and imaginary parts, and A^(2^k) is a real matrix for every channel.
+    With one mode of each pair held, P* x is `2 Re(conj(P) . x)` and A is linear over the real numbers only: where
+    powers of it are needed, x is taken as its real and imaginary parts, and A^(2^k) is a real matrix a channel.
     """
 
     def __init__(self, Lambda, P, B, C, dt, longest: int):

@@ -101,9 +101,9 @@ def complex_normal(key, shape, dtype):
     return jax.random.normal(key, shape, dtype) * 0.5**0.5
 
 
-def as_complex(parameter: nnx.Param) -> Complex[Array, "..."]:
-    """The complex numbers that a parameter holds as pairs."""
-    values = wide(parameter[...])
+def as_complex(pairs: nnx.Param | Float[Array, "... 2"]) -> Complex[Array, "..."]:
+    """The complex numbers that are held as pairs."""
+    values = wide(pairs[...])
     return jax.lax.complex(values[..., 0], values[..., 1])
 
 

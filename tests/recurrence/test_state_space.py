@@ -104,10 +104,10 @@ def reference(w, config, x, segments):
     return y
 
 
-CONFIGS = [S4D(4), S4D(6, init="inv", discretisation="bilinear"), S4D(4, init="real"), S4D(6, init="legs"), S4(6)]
+CONFIGS = [S4D(4), S4D(6, init="legs", discretisation="bilinear"), S4(6)]
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{type(c).__name__}-{getattr(c, 'init', 'legs')}")
+@pytest.mark.parametrize("config", CONFIGS, ids=["S4D", "S4D-bilinear", "S4"])
 def test_layer_is_the_papers(float64, short, config):
     module = cast(jittered(config.build(nnx.Rngs(0), Place(D))), jnp.float64)
     x = np.random.default_rng(0).normal(size=(2, T, D))
@@ -158,8 +158,9 @@ def test_published_initialisation():
             slow = path in {"ssm/log_dt", "ssm/A_log", "ssm/A_imag", "ssm/P", "ssm/B"}
             assert rate == (0.1 if slow else 1) and decay == (path in {"ssm/C", "skip", "mix"})
     spectrum = lambda init: S4D(8, init=init).build(nnx.Rngs(0), Place(2)).ssm
+    normal = hippo.legs(8)[0] + np.outer(*[np.sqrt(np.arange(8) + 0.5)] * 2)
     imaginary = {"lin": np.pi * np.arange(4), "inv": 8 / np.pi * (8 / np.array([1, 3, 5, 7]) - 1), "real": np.zeros(4),
-                 "legs": np.sort(np.linalg.eigvals(hippo.legs(8)[0] + np.outer(*[np.sqrt(np.arange(8) + .5)] * 2)).imag)[4:]}
+                 "legs": np.sort(np.linalg.eigvals(normal).imag)[4:]}
     for init, want in imaginary.items():
         np.testing.assert_allclose(np.sort(spectrum(init).A_imag[...][0]), np.sort(want), rtol=1e-5, atol=1e-6)
         real = np.arange(1, 5) if init == "real" else 0.5
