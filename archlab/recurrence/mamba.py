@@ -17,7 +17,7 @@ from archlab.layers.mlp import add_bias
 from archlab.layers.norms import Norm
 from archlab.layers.sharding import per_shard
 from archlab.recurrence.convolution import CausalConv, ConvState
-from archlab.recurrence.selective_scan import selective_scan
+from archlab.recurrence.selective_scan import selective_scan, signed_scan
 from archlab.recurrence.step_size import step_bias
 
 
@@ -26,7 +26,8 @@ class Mamba(LayerConfig):
 
     state: N. conv: the width of the convolution. expand: F = expand * D. dt_rank: rank of the step-size map; None for
     ceil(D / 16). inner_norm: a norm on each of dt, B and C (Jamba, arXiv:2403.19887, section 6.3; FalconMamba's,
-    arXiv:2410.05355, have no gains). bias: of the in- and out-projections. conv_bias: of the convolution.
+    arXiv:2410.05355, have no gains). bias: of the in- and out-projections. conv_bias: of the convolution. negative:
+    decays from -1 to 1 instead of from 0 (`signed_scan`), for following a state; takes N times the memory.
     """
 
     state: int = 16
@@ -36,6 +37,7 @@ class Mamba(LayerConfig):
     inner_norm: Norm | None = None
     bias: bool = False
     conv_bias: bool = True
+    negative: bool = False
 
     def __post_init__(self):
         for field in ("state", "conv", "expand"):
@@ -70,7 +72,7 @@ class MambaModule(Layer):
 
     def __init__(self, config: Mamba, rngs: nnx.Rngs, at: Place):
         D, F, N = at.width, config.expand * at.width, config.state
-        R = config.rank(D)
+        R, self.scan = config.rank(D), signed_scan if config.negative else selective_scan
         uniform = lambda bound: lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -1, 1) * bound
         # Bounds 1/sqrt(fan_in) are the default of the framework the published model was trained in.
         self.into = parameter(rngs, "D->F", (D, F), uniform(D**-0.5))
@@ -108,7 +110,7 @@ class MambaModule(Layer):
         past = self.init_state(x.shape[0], 0, x.dtype) if state is None else state
         starts, last = document_starts(tokens.segments, past.segment)
         A = -jnp.exp(wide(self.A_log[...]))
-        scan = per_shard(selective_scan, "BTF BTF FN BTN BTN BT BFN", "BTF BFN")
+        scan = per_shard(self.scan, "BTF BTF FN BTN BTN BT BFN", "BTF BFN")
         y, hidden = scan(u, dt, A, B, C, starts, past.hidden)
         gate = add_bias(project(x, self.gate, "BTD,DF->BTF"), self.gate_bias)
         y = (y + self.skip[...] * wide(u)).astype(x.dtype) * jax.nn.silu(gate)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from archlab.recurrence.diagonal import in_place
+from archlab.recurrence.diagonal import choose, in_place
 from archlab.recurrence.forms import Associative, Chunked, Form, Kernel, Sequential
 from archlab.recurrence.kernels.selective_scan import fits, selective_scan_kernel
 
@@ -61,10 +61,23 @@ def sequential(x, dt, A, B, C, starts, h):
     return jnp.moveaxis(y, 0, 1), jnp.swapaxes(h, 1, 2)
 
 
+def signed_scan(x, dt, A, B, C, starts, h):
+    """The same with decays `2 exp(dt A) - 1`, which reach from -1 to 1: a step of size 0 keeps the state, a long one
+    turns it to its opposite, and with that it can follow parity (Grazzi et al. 2024, arXiv:2411.12537, section 4).
+    All states are in memory, for the gradient and before it."""
+    x, dt, A, B, C = (a.astype(h.dtype) for a in (x, dt, A, B, C))
+    return _by_states(2 * jnp.exp(dt[..., None] * A) - 1, dt * x, B, C, starts, h, choose(None, x.shape[1], h.dtype))
+
+
 def _associative(x, dt, A, B, C, starts, h):
-    decay = jnp.where(starts[:, :, None, None], 0, jnp.exp(dt[..., None] * A))
+    run = functools.partial(in_place, size=x.shape[1])
+    return _by_states(jnp.exp(dt[..., None] * A), dt * x, B, C, starts, h, run)
+
+
+def _by_states(decay, u, B, C, starts, h, run):
+    decay = jnp.where(starts[:, :, None, None], 0, decay)
     flat = lambda a: a.reshape(*a.shape[:-2], -1)
-    states, last = in_place(flat(decay), flat((dt * x)[..., None] * B[:, :, None]), flat(h), x.shape[1])
+    states, last = run(flat(decay), flat(u[..., None] * B[:, :, None]), flat(h))
     return dot("BTFN,BTN->BTF", states.reshape(decay.shape), C), last.reshape(h.shape)
 
 
