@@ -65,7 +65,9 @@ def chunked(q, k, v, a, b, g, starts, S, size: int):
             return S, y
 
         mild = jnp.min(now[-1].sum(2)) >= -STRONGEST
-        return jax.lax.cond(mild, functools.partial(_chunk, documents=documents), steps, S, *now)
+        at_once = functools.partial(_chunk, documents=documents)
+        # checkpoint, or the gradient of the one would first fill with zeros all that that of the other had kept
+        return jax.lax.cond(mild, jax.checkpoint(at_once), jax.checkpoint(steps), S, *now)
 
     g = jnp.where(starts[:, None, :, None], 0, g)  # what is forgotten need not decay
     return chunk_by_chunk(chunk, size, starts, S, starts[:, None], q, k, v, a, b, g)
