@@ -5,6 +5,9 @@
 Leaves under --out: results.csv (a row per architecture), runs.csv (a row per training run), report.html (one file, no
 network), figures as PNG, and each run's folder with metrics and checkpoints. Called again it does only what is missing.
 
+--data=task:NAME takes a synthetic task (docs/tasks.md) for a text: figures are then bits per answer and the accuracy of
+the likeliest answer, on scored tokens only, and never bits per byte. experiments.tasks compares mixers alone.
+
 --match=flops (the default): equal training FLOPs, so the numbers of tokens differ; all read one order of the data from
 its start. --match=params: widths are changed until active parameters without embeddings agree within 3%, and all read
 the same tokens. Every model gets the same number of learning-rate trials, of one full run each.
@@ -39,10 +42,10 @@ flags.DEFINE_float("flops", None, "Training FLOPs a run, with --match=flops. The
 flags.DEFINE_float("tokens", None, "Tokens a run, with --match=params. As many as the first model gets by default.")
 flags.DEFINE_integer("seeds", None, "Runs of each model at its best learning rate. The preset's by default.")
 flags.DEFINE_integer("lr_trials", None, "Learning rates tried for each model, each 3 times the last.")
-flags.DEFINE_string("data", "stdlib", "The corpus: stdlib, text:GLOB or tfds:NAME[/CONFIG].")
+flags.DEFINE_string("data", "stdlib", "The corpus: stdlib, text:GLOB or tfds:NAME[/CONFIG]; or task:NAME.")
 flags.DEFINE_string("tokenizer", "bytes", "bytes, bpe:VOCAB or the path of a tokenizer.json.")
 flags.DEFINE_integer("batch", 4, "Rows a step.")
-flags.DEFINE_integer("context", 256, "Tokens a row.")
+flags.DEFINE_integer("context", None, "Tokens a row: 256 by default, and as many as a task has.")
 flags.DEFINE_integer("eval_batches", 16, "Validation batches behind each figure: the same for every model.")
 flags.DEFINE_string("out", "runs/compare", "The folder of the comparison.")
 
@@ -73,7 +76,9 @@ class Work:
 
     def _train(self, name: str, run, flops_per_token: float, folder: Path) -> dict:
         from archlab.analysis.accounts import state_bytes
+        from archlab.data import validation_batches
         from archlab.inference.timing import time_generation
+        from archlab.training.accuracy import make_score_step, score
         from archlab.training.loop import train
 
         place = f"[{len(self.rows) + 1}/{self.total}] {name}"
@@ -81,15 +86,21 @@ class Work:
                        eval_batches=FLAGS.eval_batches, flops_per_token=flops_per_token, tensorboard=False)
         model = result.model
         speed = time_generation(model, context=run.context, new_tokens=32)
+        measure, accuracy = comparison.TEXT, {}
+        if run.data.startswith("task:"):
+            measure = comparison.TASK
+            held_out = validation_batches(self.corpus, self.tokenizer, run.context, run.batch, FLAGS.eval_batches)
+            found = score(make_score_step(result.structure), result.state.params, result.state.rest, held_out)
+            accuracy = {"validation_accuracy": found.accuracy}
         self.trained += 1
         spent, left = time.perf_counter() - self.began, self.total - len(self.rows) - 1
-        print(f"{place}: {result.evaluation.bits_per_byte:.3f} bits/byte; "
+        print(f"{place}: {result.evaluation.bits_per_byte:.3f} {measure.short}; "
               f"{left} runs to go, about {spent / self.trained * left / 60:.0f} min", flush=True)
         return {
             "model": name, "seed": run.seed, "learning_rate": run.optimizer.learning_rate, "folder": str(folder),
             "steps": run.steps, "tokens": run.steps * run.batch * run.context,
             "training_flops": flops_per_token * run.steps * run.batch * run.context,
-            "validation_bits_per_byte": result.evaluation.bits_per_byte,
+            measure.key: result.evaluation.bits_per_byte, **accuracy,
             "train_tokens_per_second": result.tokens_per_second, "compile_seconds": result.compile_seconds,
             "first_token_seconds": speed.first_token, "decode_tokens_per_second": speed.tokens_per_second,
             "state_bytes": {str(context): state_bytes(run.model, context) for context in comparison.CONTEXTS},
@@ -103,7 +114,7 @@ def main() -> None:
     from archlab.analysis.accounts import profile
     from archlab.analysis.inside import look_inside
     from archlab.analysis.matching import active_body, match
-    from archlab.data import load_corpus, tokenizer_from
+    from archlab.data import Corpus, load_corpus, tokenizer_from
     from archlab.training.loop import Run
     from archlab.training.objectives import objective
     from archlab.training.optimizers import Optimizer
@@ -122,6 +133,8 @@ def main() -> None:
     for name, config in configs.items():
         if (kind := objective(config)) != "next token":
             raise ValueError(f"{name} is trained on the {kind}: its loss cannot stand beside that of the next token")
+    context = FLAGS.context or (256 if isinstance(corpus, Corpus) else corpus.context)
+    measure = comparison.TEXT if isinstance(corpus, Corpus) else comparison.TASK
     configs = {name: config.set("vocab", max(config.vocab, tokenizer.vocab)) for name, config in configs.items()}
     if FLAGS.match == "params":
         target = active_body(next(iter(configs.values())))
@@ -129,17 +142,17 @@ def main() -> None:
         for name in configs:
             print(f"{name}: width {configs[name].width} -> {matched[name].width} for {target:,.0f} active parameters")
         configs = matched
-    profiles = {name: profile(config, FLAGS.context) for name, config in configs.items()}
+    profiles = {name: profile(config, context) for name, config in configs.items()}
     cost = {name: accounts.training.total for name, accounts in profiles.items()}
     tokens = FLAGS.tokens or budget / cost[next(iter(cost))]
 
     def run(name: str, rate: float, seed: int) -> Run:
         spend = budget / cost[name] if FLAGS.match == "flops" else tokens
-        steps = round(spend / (FLAGS.batch * FLAGS.context))
+        steps = round(spend / (FLAGS.batch * context))
         if steps < 2:
-            raise ValueError(f"{name}: the budget buys {steps} steps of {FLAGS.batch * FLAGS.context} tokens; "
+            raise ValueError(f"{name}: the budget buys {steps} steps of {FLAGS.batch * context} tokens; "
                              "it must buy at least 2")
-        return Run(configs[name], steps, FLAGS.batch, FLAGS.context, FLAGS.data, FLAGS.tokenizer, seed,
+        return Run(configs[name], steps, FLAGS.batch, context, FLAGS.data, FLAGS.tokenizer, seed,
                    optimizer=Optimizer(learning_rate=rate))
 
     rates = {name: [LEARNING_RATES.get(name, 3e-3) * 3.0 ** (i - (trials - 1) / 2) for i in range(trials)]
@@ -150,7 +163,7 @@ def main() -> None:
     work, rows = Work(corpus, tokenizer, total=len(configs) * (trials + seeds - 1)), {}
     for name in configs:
         tried = [work.row(name, trial, cost[name]) for trial in trial_runs[name]]
-        best = min(tried, key=lambda row: row["validation_bits_per_byte"])
+        best = min(tried, key=lambda row: row[measure.key])
         rows[name] = [best] + [work.row(name, run(name, best["learning_rate"], seed), cost[name])
                                for seed in range(1, seeds)]
 
@@ -159,19 +172,19 @@ def main() -> None:
     comparison.write_csv(out / "runs.csv", [flat(row) for row in work.rows])
     table = comparison.summarise(rows, profiles)
     comparison.write_csv(out / "results.csv", table)
-    inside = {name: look_inside(load(rows[name][0]["folder"]), corpus, tokenizer, FLAGS.context) for name in rows}
+    inside = {name: look_inside(load(rows[name][0]["folder"]), corpus, tokenizer, context) for name in rows}
     best_rate = {name: row[0]["learning_rate"] for name, row in rows.items()}
     at_edge = [name for name, rate in best_rate.items() if trials > 1 and rate in (rates[name][0], rates[name][-1])]
     page = comparison.write_report(out, rows, table, inside, tokenizer, title="Architectures compared", settings={
         "preset": FLAGS.preset, "match": FLAGS.match, "corpus": FLAGS.data, "tokenizer": FLAGS.tokenizer,
-        "context": FLAGS.context, "batch": FLAGS.batch, "seeds": seeds, "learning-rate trials": trials,
+        "context": context, "batch": FLAGS.batch, "seeds": seeds, "learning-rate trials": trials,
         "best rate at the edge of those tried": ", ".join(at_edge) or "none",
         "device": jax.devices()[0].device_kind})
     print("\n" + comparison.as_text(table))
-    winner = min(table, key=lambda row: row["validation_bits_per_byte"])["model"]
+    winner = min(table, key=lambda row: row[measure.key])["model"]
     print(f"\npictures: {page}\nfigures: {out / 'results.csv'}\n"
           f"next: python -m experiments.generate --checkpoint={rows[winner][0]['folder']}"
-          f"{common.code_flag(files[winner])} --prompt='def '")
+          f"{common.code_flag(files[winner])} --prompt='{'def ' if measure is comparison.TEXT else '0 1'}'")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import csv
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,19 +19,38 @@ from archlab.analysis.report import Report
 CONTEXTS = (1024, 4096, 32768)
 
 
+class Measure(NamedTuple):
+    """What is compared, lowest first: the key in rows and tables, and how it is called. Histories have it under the
+    key of text, whose bytes a task's answers stand for."""
+
+    key: str = "validation_bits_per_byte"
+    label: str = "bits per byte"
+    short: str = "bits/byte"
+
+
+TEXT, TASK = Measure(), Measure("validation_bits_per_answer", "bits per answer", "bits/answer")
+
+
+def measure_of(rows: Sequence[dict]) -> Measure:
+    """What was measured in these rows, of runs or of a table."""
+    return TASK if TASK.key in rows[0] else TEXT
+
+
 def summarise(runs: Mapping[str, Sequence[dict]], profiles: Mapping[str, Profile]) -> list[dict]:
     """A row per architecture: its size and cost, the mean over seeds of what was measured and the spread (sample
-    standard deviation; None for one seed)."""
+    standard deviation; None for one seed). Of runs on a task, their accuracy too."""
     table = []
     for name, rows in runs.items():
         mean = lambda key: statistics.fmean(row[key] for row in rows)
-        losses, p = [row["validation_bits_per_byte"] for row in rows], profiles[name].parameters
+        measure, p = measure_of(rows).key, profiles[name].parameters
+        losses = [row[measure] for row in rows]
+        accuracy = {key: mean(key) for key in ("validation_accuracy",) if key in rows[0]}
         table.append({
             "model": name, "seeds": len(rows), "learning_rate": rows[0]["learning_rate"],
             "parameters_total": p.total, "parameters_active": p.active, "parameters_unique": p.unique,
             "parameters_applied": p.applied, "parameters_embedding": p.embedding,
             "flops_per_token": profiles[name].training.total, "training_flops": mean("training_flops"),
-            "tokens": rows[0]["tokens"], "validation_bits_per_byte": statistics.fmean(losses),
+            "tokens": rows[0]["tokens"], **accuracy, measure: statistics.fmean(losses),
             "spread": statistics.stdev(losses) if len(losses) > 1 else None,
             "training_seconds": statistics.fmean(row["history"][-1]["seconds"] for row in rows),
             **{key: mean(key) for key in ("train_tokens_per_second", "compile_seconds", "first_token_seconds",
@@ -53,13 +73,13 @@ def as_text(table: Sequence[dict]) -> str:
     from rich.console import Console
     from rich.table import Table
 
-    shown = Table(box=None, pad_edge=False, header_style="bold")
-    for i, column in enumerate(("model", "bits/byte", "spread", "parameters", "active", "tokens", "seconds",
+    shown, measure = Table(box=None, pad_edge=False, header_style="bold"), measure_of(table)
+    for i, column in enumerate(("model", measure.short, "spread", "parameters", "active", "tokens", "seconds",
                                 "train tok/s", "decode tok/s", "state at 4k")):
         shown.add_column(column, justify="right" if i else "left")
-    for row in sorted(table, key=lambda row: row["validation_bits_per_byte"]):
+    for row in sorted(table, key=lambda row: row[measure.key]):
         spread = "" if row["spread"] is None else f"±{row['spread']:.3f}"
-        shown.add_row(row["model"], f"{row['validation_bits_per_byte']:.3f}", spread, short(row["parameters_total"]),
+        shown.add_row(row["model"], f"{row[measure.key]:.3f}", spread, short(row["parameters_total"]),
                       short(row["parameters_active"]), short(row["tokens"]), f"{row['training_seconds']:.0f}",
                       short(row["train_tokens_per_second"]), f"{row['decode_tokens_per_second']:.0f}",
                       short(row["state_bytes_4k"]) + "B")
@@ -79,7 +99,8 @@ def figures(runs: Mapping[str, Sequence[dict]], table: Sequence[dict], inside: M
                           if "validation_bits_per_byte" in h] for row in rows] for name, rows in runs.items()}
         return {name: [tuple(np.array(run).T) for run in rows] for name, rows in points.items()}
 
-    loss = "validation bits per byte"
+    measure = measure_of(table)
+    loss = f"validation {measure.label}"
     by = {row["model"]: row for row in table}
     made = {
         "loss_by_flops": (plots.lines(curves(lambda name, h: h["tokens"] * per_token[name]), colours,
@@ -90,7 +111,7 @@ def figures(runs: Mapping[str, Sequence[dict]], table: Sequence[dict], inside: M
         "loss_by_seconds": (plots.lines(curves(lambda name, h: h["seconds"]), colours, "Loss for time",
                                         "seconds of training", loss, settle=0.2),
                             "Compilation and evaluation left out; times are of this machine."),
-        "loss_by_decode_speed": (plots.scatter({name: (row["decode_tokens_per_second"], row["validation_bits_per_byte"])
+        "loss_by_decode_speed": (plots.scatter({name: (row["decode_tokens_per_second"], row[measure.key])
                                                 for name, row in by.items()}, colours, "Quality against speed",
                                                "decode tokens per second, batch 1", loss),
                                  "Right and low is better."),
@@ -112,14 +133,16 @@ def write_report(out: Path, runs: Mapping[str, Sequence[dict]], table: Sequence[
     drawn = figures(runs, table, inside)
     for file, (figure, _) in drawn.items():
         plots.save(figure, out / f"{file}.png")
-    ranked = sorted(table, key=lambda row: row["validation_bits_per_byte"])
+    measure = measure_of(table)
+    ranked = sorted(table, key=lambda row: row[measure.key])
     best, seeds = ranked[0], table[0]["seeds"]
     equal = "training FLOPs" if settings["match"] == "flops" else "active parameters and tokens"
     page = Report(title, f"{len(table)} architectures on {settings['corpus']}, equal {equal}")
-    page.facts({"lowest bits per byte": f"{best['validation_bits_per_byte']:.3f}", "by": best["model"],
+    page.facts({f"lowest {measure.label}": f"{best[measure.key]:.3f}", "by": best["model"],
                 "training FLOPs a run": short(best["training_flops"]), "seeds": seeds})
     page.section("Result")
-    columns = {"model": "model", "validation_bits_per_byte": "bits per byte", "spread": "spread",
+    accuracy = {"validation_accuracy": "accuracy"} if measure is TASK else {}
+    columns = {"model": "model", **accuracy, measure.key: measure.label, "spread": "spread",
                "parameters_total": "parameters", "parameters_active": "active", "tokens": "tokens",
                "flops_per_token": "FLOPs per token", "training_seconds": "seconds",
                "train_tokens_per_second": "train tokens/s", "first_token_seconds": "first token, s",
@@ -127,8 +150,8 @@ def write_report(out: Path, runs: Mapping[str, Sequence[dict]], table: Sequence[
                "learning_rate": "learning rate"}
     page.table(list(columns.values()), [[row[key] for key in columns] for row in ranked],
                "Lowest loss first. `results.csv` has every figure, `runs.csv` every run.",
-               {"bits per byte": ".3f", "spread": ".3f", "first token, s": ".3f", "learning rate": ".1e"},
-               plots.palette(runs))
+               {measure.label: ".3f", "accuracy": ".3f", "spread": ".3f", "first token, s": ".3f",
+                "learning rate": ".1e"}, plots.palette(runs))
     page.text(verdict(ranked))
     page.section("Curves")
     page.figures([pair for file, pair in drawn.items() if not file.startswith("expert_load")])
@@ -151,9 +174,9 @@ def verdict(ranked: Sequence[dict]) -> str:
     """Words about a table sorted by loss: what may be said of the first two, and what may not."""
     if len(ranked) < 2:
         return f"`{ranked[0]['model']}` was trained alone: nothing is compared."
-    first, second = ranked[:2]
-    gap = second["validation_bits_per_byte"] - first["validation_bits_per_byte"]
-    words = f"`{first['model']}` has the lowest loss, {gap:.3f} bits per byte below `{second['model']}`."
+    (first, second), measure = ranked[:2], measure_of(ranked)
+    gap = second[measure.key] - first[measure.key]
+    words = f"`{first['model']}` has the lowest loss, {gap:.3f} {measure.label} below `{second['model']}`."
     if first["spread"] is None:
         return f"{words} With one seed there is no telling whether that would happen again."
     error = (first["spread"] ** 2 / first["seeds"] + second["spread"] ** 2 / second["seeds"]) ** 0.5

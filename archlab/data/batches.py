@@ -92,6 +92,8 @@ def train_batches(
 ) -> Iterator[Batch]:
     """Batches [batch / process_count, context] of the training side without end, shuffled anew in every epoch.
 
+    corpus: or a task (archlab.data.tasks), whose rows have a length of their own, which `context` must be.
+
     Together the processes read at step k the rows that one process alone would. The iterator has `get_state()` (a
     dict of ints, at home in JSON) and `set_state(state)`, which resumes to the batch, on any number of processes.
 
@@ -99,6 +101,8 @@ def train_batches(
       ValueError: the side is shorter than one row, `batch` does not divide by `process_count`, or a number is out of
         its range.
     """
+    if not isinstance(corpus, Corpus):
+        return corpus.train_batches(context, batch, seed, process_index, process_count)
     rows = check_shape(context, batch, process_index, process_count)
     if seed < 0:
         raise ValueError(f"seed is {seed}; it must be 0 or more")
@@ -130,11 +134,13 @@ def validation_batches(
 
     The last is filled up with padding (segment 0, weight 0), so all have one shape, all processes get equally many
     and every target counts once. What is returned can be iterated again. Raises ValueError as `train_batches` does,
-    but a side shorter than one row is padded.
+    but a side shorter than one row is padded. Of a task, which has no end, None stands for 32 batches.
     """
     rows = check_shape(context, batch, process_index, process_count)
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}; it must be 1 or more, or None for all batches")
+    if not isinstance(corpus, Corpus):
+        return corpus.validation_batches(context, batch, limit, process_index, process_count)
     stream = _tokenised(corpus.validation, tokenizer, f"validation side of corpus {corpus.name!r}")
     import grain
 

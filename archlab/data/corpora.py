@@ -12,7 +12,7 @@ import os
 import sysconfig
 from pathlib import Path
 
-SCHEMES = ("stdlib", "text:GLOB", "tfds:NAME[/CONFIG]")
+SCHEMES = ("stdlib", "text:GLOB", "tfds:NAME[/CONFIG]", "task:NAME")
 
 # Left out of `stdlib`: the tests, which are twice as long as all the rest and which many systems do not install;
 # the encodings, which are generated tables and so nearly copies of one another on both sides of the split;
@@ -43,7 +43,7 @@ class Corpus:
                 )
 
 
-def load_corpus(spec: str = "stdlib") -> Corpus:
+def load_corpus(spec: str = "stdlib"):
     """Loads the corpus that `spec` names. The split depends on the names of the documents alone, not on the machine.
 
     - `stdlib`: source and documentation of the running Python's own standard library; each file is a document, and
@@ -53,6 +53,8 @@ def load_corpus(spec: str = "stdlib") -> Corpus:
     - `tfds:NAME[/CONFIG]`: a TensorFlow Datasets text dataset in array_record format from $TFDS_DATA_DIR or
       ~/tensorflow_datasets, prepared (downloaded) if it is not there. Its split `validation`, else `test`, else the
       last 5% of `train` validates.
+    - `task:NAME`: not a `Corpus` but a `Task` (archlab.data.tasks), which makes rows of its own length; what takes
+      batches from one takes them from the other.
 
     Raises:
       ValueError: an unknown scheme, nothing found, or nothing in what was found.
@@ -64,7 +66,11 @@ def load_corpus(spec: str = "stdlib") -> Corpus:
         return _text(spec, rest)
     if scheme == "tfds" and rest:
         return _tfds(spec, rest)
-    hint = _near(scheme, ["stdlib", "text", "tfds"])
+    if scheme == "task" and rest:
+        from archlab.data.tasks import get_task  # late: tasks are made of batches, which are made of corpora
+
+        return get_task(rest)
+    hint = _near(scheme, ["stdlib", "text", "tfds", "task"])
     raise ValueError(f"corpus {spec!r} is unknown: use one of {', '.join(SCHEMES)}{hint}")
 
 

@@ -61,6 +61,34 @@ class ByteTokenizer(_Lossless):
         return _checked(ids, 256).astype(np.uint8).tobytes()
 
 
+@dataclasses.dataclass(frozen=True)
+class Symbols:
+    """The tokens of a task, which stand for no text: ids 0 to vocab - 1, written as numbers. Each counts as one byte,
+    so that what is told in bits per byte of a text is in bits per answer of a task."""
+
+    vocab: int
+
+    @property
+    def bytes_per_token(self) -> np.ndarray:
+        return np.ones(self.vocab, np.int32)
+
+    def encode(self, text: bytes | str) -> np.ndarray:
+        """The ids [T] of numbers with spaces between them. Raises ValueError for what is no symbol."""
+        words = (text if isinstance(text, str) else text.decode()).split()
+        if not all(word.isascii() and word.isdigit() for word in words):
+            raise ValueError(f"{text!r} is no row of symbols: write numbers below {self.vocab}, as 3 1 4")
+        return _checked([int(word) for word in words], self.vocab).astype(np.int32)
+
+    def decode(self, ids, after=()) -> str:
+        """The numbers of ids [T], each with a space behind it."""
+        return "".join(f"{index} " for index in _checked(ids, self.vocab))
+
+    def stream(self, ids: Iterable[int], after=()) -> Iterator[str]:
+        """Yields the numbers as ids arrive."""
+        for index in ids:
+            yield self.decode([index])
+
+
 class BpeTokenizer(_Lossless):
     """Byte-level byte-pair encoding (Sennrich et al. 2016; over bytes as in GPT-2, Radford et al. 2019).
 
@@ -119,12 +147,15 @@ class BpeTokenizer(_Lossless):
         return b"".join(self._pieces[index] for index in _checked(ids, self.vocab))
 
 
-def tokenizer_from(spec: str, corpus: Corpus) -> ByteTokenizer | BpeTokenizer:
-    """The tokenizer that `spec` names: `bytes`, `bpe:VOCAB` (learned from `corpus`), or a path to a tokenizer.json.
+def tokenizer_from(spec: str, corpus: Corpus) -> ByteTokenizer | BpeTokenizer | Symbols:
+    """The tokenizer that `spec` names: `bytes`, `bpe:VOCAB` (learned from `corpus`), or a path to a tokenizer.json. A
+    task has symbols of its own, whatever `spec` is.
 
     Raises:
       ValueError: none of the three.
     """
+    if not isinstance(corpus, Corpus) and corpus is not None:
+        return Symbols(corpus.vocab)
     if spec == "bytes":
         return ByteTokenizer()
     kind, _, size = spec.partition(":")

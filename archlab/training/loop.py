@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from archlab.data import Batch, Corpus, load_corpus, tokenizer_from, train_batches, validation_batches
+from archlab.data import Batch, Corpus, Symbols, load_corpus, tokenizer_from, train_batches, validation_batches
 from archlab.layers.config import Config, require
 from archlab.layers.weights import merge
 from archlab.model import LanguageModel, Model
@@ -140,7 +140,8 @@ def train(run: Run, corpus: Corpus | None = None, tokenizer=None, *, out: str | 
         compile_seconds = time.perf_counter() - began
         evaluate_step = make_evaluate_step(structure, tokenizer.bytes_per_token)
 
-        progress = Progress(name, run.steps, start, quiet or jax.process_index() > 0)
+        unit = "bits/answer" if isinstance(tokenizer, Symbols) else "bits/byte"
+        progress = Progress(name, run.steps, start, quiet or jax.process_index() > 0, unit)
         stack.callback(progress.close)
         if start:
             progress.say(f"going on after step {start} of {run.steps} in {out}")

@@ -22,7 +22,7 @@ TASKS: dict[str, Task] = {
     "mqar-128": MQAR(length=128, pairs=8),
     "mqar-256": MQAR(length=256, pairs=16),
     "mqar-512": MQAR(length=512, pairs=64),
-    "mqar-tiny": MQAR(symbols=64, length=64, pairs=16),
+    "mqar-tiny": MQAR(symbols=64, length=32, pairs=8),
     "induction-heads": InductionHeads(),
     "induction-heads-tiny": InductionHeads(length=64, lengths=(256, 1024, 4096, 16384), marks=8),
     "selective-copying": SelectiveCopying(),

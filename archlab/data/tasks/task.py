@@ -47,6 +47,21 @@ class Task(Config):
         """The rows of `draws`. training: with the targets of training, where those of a test are fewer."""
         raise TypeError(f"{type(self).__name__} does not say how a row is made")
 
+    def train_batches(self, context: int, batch: int, seed: int, process_index: int, process_count: int):
+        """As `archlab.data.train_batches` of a corpus."""
+        self._check_context(context)
+        return task_batches(self, batch, seed, process_index, process_count)
+
+    def validation_batches(self, context: int, batch: int, limit: int | None, process_index: int, process_count: int):
+        """As `archlab.data.validation_batches` of a corpus."""
+        self._check_context(context)
+        rows = batch * (limit or 32)
+        return test_batches(self, batch, rows, "validation", 0, process_index, process_count)
+
+    def _check_context(self, context: int) -> None:
+        if context != self.context:
+            raise ValueError(f"context is {context}; rows of this task have {self.context} tokens")
+
 
 class Draws:
     """Random numbers for rows [B], those of a row depending on (seed, split, its number) alone.
