@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from archlab.layers.contract import Tokens
-from archlab.recurrence.forms import Associative, Chunked, Form, Kernel, Sequential
+from archlab.recurrence.forms import Chunked, Form, Kernel, Sequential
 from archlab.recurrence.kernels.delta_rule import delta_rule_kernel
 from archlab.recurrence.kernels.matrix import fitting
 from archlab.recurrence.memory import MemoryState, chunk_by_chunk, dot, per_head, remember, step_by_step
@@ -30,14 +30,14 @@ def delta_rule(q: Float[Array, "B G T N"], k: Float[Array, "B G T N"], v: Float[
     Returns: y [B, H, T, P] in the dtype of the state, and the state after the piece.
     """
     form = form or fitting(state.matrix, v.shape[2]) or Chunked(32)
-    if isinstance(form, Associative):
-        raise ValueError(f"form = {form}: the delta rule is computed by Sequential(), Chunked(size) or Kernel(size)")
     if isinstance(form, Sequential) or v.shape[2] == 1:
         run = sequential
     elif isinstance(form, Kernel):
         run = functools.partial(delta_rule_kernel, size=form.size, interpret=form.interpret)
-    else:
+    elif isinstance(form, Chunked):
         run = functools.partial(chunked, size=form.size)
+    else:
+        raise ValueError(f"form = {form}: the delta rule is computed by Sequential(), Chunked(size) or Kernel(size)")
     return remember(run, "BHT BHT", q, k, v, beta, log_decay, tokens=tokens, state=state)
 
 

@@ -137,6 +137,7 @@ def test_what_fits():
     assert matrix.fitting(state(64, 64), 16, "gpu") == Kernel(16) and matrix.fitting(state(64, 64), 15, "gpu") is None
     assert matrix.fitting(state(64, 64), 512) is None  # on a CPU
     assert matrix.fitting(state(64, 64, jnp.float64), 64, "tpu") is None
+    assert matrix.fitting(state(256, 64), 64, "tpu") and matrix.fitting(state(256, 64), 64, "tpu", most=128) is None
     assert of_scans.fits(state(8, 16), "gpu") and not of_scans.fits(state(8, 12), "gpu")
     assert of_scans.fits(state(8, 12), "tpu") and not of_scans.fits(state(8, 16))
     assert of_diagonals.fits(jnp.float32, "gpu") and not of_diagonals.fits(jnp.complex64, "tpu")

@@ -19,15 +19,15 @@ TILE = 32  # columns of a state that a GPU's program takes
 LEAST = -1e4  # of logarithms of decays: exp of it is 0, and it may be multiplied by 0 where -inf may not
 
 
-def fitting(S: jax.Array, length: int, platform: str | None = None) -> Kernel | None:
+def fitting(S: jax.Array, length: int, platform: str | None = None, most: int = 256) -> Kernel | None:
     """The form to take for states S [B, H, N, P] and a piece of some length; None where kernels do not fit.
 
-    They fit states of 32 bits and at least one whole chunk: on a TPU with at most 256 x 256 numbers a head; on a GPU
-    with 16, 32 or 64 keys, and values in powers of 2, since Triton knows no other sizes, and chunks of 16 steps, since
-    a multiprocessor's registers hold no more.
+    They fit states of 32 bits and at least one whole chunk: on a TPU with at most `most` keys and values, since what
+    a rule and its gradient need must fit a core's memory; on a GPU with 16, 32 or 64 keys, and values in powers of 2,
+    since Triton knows no other sizes, in chunks of 16 steps, since a multiprocessor's registers hold no more.
     """
     N, P = S.shape[-2:]
-    if on_tpu(platform) and max(N, P) <= 256:
+    if on_tpu(platform) and max(N, P) <= most:
         form = Kernel(64)
     elif on_gpu(platform) and N in (16, 32, 64) and P >= 16 and P & (P - 1) == 0:
         form = Kernel(16)
