@@ -9,6 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
 
 from archlab.recurrence.kernels.sweep import on_gpu, on_tpu, sweep
 
@@ -108,9 +109,14 @@ def _backward(options, kept, gradients):
             du[c, at] = (_pick(B, t) * G).sum(0, keepdims=True)
             return g, dA + dt[c, at] * rate, _put(dB, t, (G * u[c, at]).sum(1, keepdims=True))
 
+        wait()
         _, dC[c] = jax.lax.fori_loop(0, size, again, (first[c], jnp.zeros_like(C)))
+        wait()
         g, dA, dB[c] = jax.lax.fori_loop(0, size, back, (*carry, jnp.zeros_like(B)))
         return [g, dA]
+
+    # On a GPU `states` lie in its memory, and one thread may read what another has written.
+    wait = triton.debug_barrier if on_gpu(platform) and not interpret else lambda: None
 
     steps, maps = dt.shape, (rows, heads, *B.shape[1:])
     shapes = [steps, steps, maps, maps, (rows, size, N, F)]  # the last: the states of the chunk at hand
