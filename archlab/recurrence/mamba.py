@@ -3,6 +3,7 @@
 Initialisation, and what keeps its values out of weight decay, as in section 3.6 and the published implementation.
 """
 
+import functools
 import math
 
 import jax
@@ -17,6 +18,7 @@ from archlab.layers.mlp import add_bias
 from archlab.layers.norms import Norm
 from archlab.layers.sharding import per_shard
 from archlab.recurrence.convolution import CausalConv, ConvState
+from archlab.recurrence.forms import Form
 from archlab.recurrence.selective_scan import selective_scan, signed_scan
 from archlab.recurrence.step_size import step_bias
 
@@ -27,7 +29,8 @@ class Mamba(LayerConfig):
     state: N. conv: the width of the convolution. expand: F = expand * D. dt_rank: rank of the step-size map; None for
     ceil(D / 16). inner_norm: a norm on each of dt, B and C (Jamba, arXiv:2403.19887, section 6.3; FalconMamba's,
     arXiv:2410.05355, have no gains). bias: of the in- and out-projections. conv_bias: of the convolution. negative:
-    decays from -1 to 1 instead of from 0 (`signed_scan`), for following a state; takes N times the memory.
+    decays from -1 to 1 instead of from 0 (`signed_scan`), for following a state; takes N times the memory. form: of the
+    recurrence; None to choose.
     """
 
     state: int = 16
@@ -38,6 +41,7 @@ class Mamba(LayerConfig):
     bias: bool = False
     conv_bias: bool = True
     negative: bool = False
+    form: Form | None = None
 
     def __post_init__(self):
         for field in ("state", "conv", "expand"):
@@ -72,7 +76,8 @@ class MambaModule(Layer):
 
     def __init__(self, config: Mamba, rngs: nnx.Rngs, at: Place):
         D, F, N = at.width, config.expand * at.width, config.state
-        R, self.scan = config.rank(D), signed_scan if config.negative else selective_scan
+        R, self.scan = config.rank(D), functools.partial(signed_scan if config.negative else selective_scan,
+                                                         form=config.form)
         uniform = lambda bound: lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -1, 1) * bound
         # Bounds 1/sqrt(fan_in) are the default of the framework the published model was trained in.
         self.into = parameter(rngs, "D->F", (D, F), uniform(D**-0.5))

@@ -61,12 +61,12 @@ def sequential(x, dt, A, B, C, starts, h):
     return jnp.moveaxis(y, 0, 1), jnp.swapaxes(h, 1, 2)
 
 
-def signed_scan(x, dt, A, B, C, starts, h):
+def signed_scan(x, dt, A, B, C, starts, h, form: Form | None = None):
     """The same with decays `2 exp(dt A) - 1`, which reach from -1 to 1: a step of size 0 keeps the state, a long one
     turns it to its opposite, and with that it can follow parity (Grazzi et al. 2024, arXiv:2411.12537, section 4).
-    All states are in memory, for the gradient and before it."""
+    All states are in memory, for the gradient and before it. form: of a `diagonal` recurrence."""
     x, dt, A, B, C = (a.astype(h.dtype) for a in (x, dt, A, B, C))
-    return _by_states(2 * jnp.exp(dt[..., None] * A) - 1, dt * x, B, C, starts, h, choose(None, x.shape[1], h.dtype))
+    return _by_states(2 * jnp.exp(dt[..., None] * A) - 1, dt * x, B, C, starts, h, choose(form, x.shape[1], h.dtype))
 
 
 def _associative(x, dt, A, B, C, starts, h):
