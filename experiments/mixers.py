@@ -4,8 +4,6 @@ A mixer stands where attention stands in a Transformer: `Repeat(Sequence(Residua
 without the MLP where a task's published setting has none. So whatever two models differ in is the mixer.
 """
 
-from collections.abc import Callable
-
 import jax.numpy as jnp
 from flax import nnx
 
@@ -24,9 +22,13 @@ from archlab.model import LanguageModel
 from archlab.recurrence.delta_net import DeltaNet
 from archlab.recurrence.gated_delta_net import GatedDeltaNet
 from archlab.recurrence.gla import GatedLinearAttention
+from archlab.recurrence.h3 import H3
+from archlab.recurrence.hgrn2 import HGRN2, LowerBounds
+from archlab.recurrence.hyena import Hyena
 from archlab.recurrence.lightning import LightningAttention
 from archlab.recurrence.mamba import Mamba
 from archlab.recurrence.mamba2 import Mamba2
+from archlab.recurrence.mamba3 import Mamba3
 from archlab.recurrence.min_gru import MinGRU
 from archlab.recurrence.mlstm import MLSTM
 from archlab.recurrence.retention import Retention
@@ -35,26 +37,37 @@ from archlab.recurrence.rwkv4 import RWKV4
 from archlab.recurrence.rwkv5 import RWKV5
 from archlab.recurrence.rwkv6 import RWKV6
 from archlab.recurrence.rwkv7 import RWKV7
+from archlab.recurrence.s4 import S4
+from archlab.recurrence.s4d import S4D
+from archlab.recurrence.s5 import S5
 from archlab.recurrence.slstm import SLSTM
 
-ABSOLUTE = "attention-absolute"  # the one mixer that needs something added before the first layer
+LONGEST = 16384  # tokens, for the one mixer that must know
 
 
-def mixers(width: int) -> dict[str, LayerConfig]:
-    """{name: mixer} for a stream of `width` channels, a multiple of 16. Heads have 32 channels (a stream of 16: 16), in
-    keys and in values; all else is as the family's authors have it."""
+def mixers(width: int, longest: int = LONGEST) -> dict[str, LayerConfig]:
+    """{name: mixer} for a stream of `width` channels, a multiple of 16, and texts of up to `longest` tokens. Heads have
+    32 channels (a stream of 16: 16), in keys and in values; all else is as the family's authors have it."""
     size = min(32, width)
     heads = width // size
     delta = dict(heads=heads, key_size=size, value_size=size)
     return {
         "attention": Attention(heads),
-        ABSOLUTE: Attention(heads, positions=None),
+        "attention-absolute": Attention(heads, positions=None),
         "linear-attention": LinearAttention(heads),
         "lightning": LightningAttention(heads),
         "retention": Retention(heads),
         "gla": GatedLinearAttention(heads, key_size=size, value_size=size),
+        "hgrn2": HGRN2(heads),
+        "s4": S4(),
+        "s4d": S4D(),
+        "s5": S5(),
+        "h3": H3(),
+        "hyena": Hyena(longest),
         "mamba": Mamba(),
+        "mamba-negative": Mamba(negative=True),
         "mamba2": Mamba2(state=32, head_size=size),
+        "mamba3": Mamba3(state=32, head_size=size),
         "rg-lru": RGLRU(heads),
         "min-gru": MinGRU(),
         "delta-net": DeltaNet(**delta),
@@ -75,13 +88,14 @@ def task_model(mixer: str, task: Task, width: int, depth: int, mlp: bool = True)
 
     ValueError for an unknown mixer, and where it cannot stand in a stream of this width.
     """
-    known = mixers(width)
+    known = mixers(width, max(test.context for test in (task, *task.tests().values())))
     if mixer not in known:
         raise ValueError(f"no mixer named {mixer!r}; {near(mixer, list(known))}")
     block = Sequence(Residual(known[mixer]), Residual(SwiGLU(2 * width))) if mlp else Residual(known[mixer])
     layers: list[LayerConfig] = [Repeat(block, depth)]
-    if mixer == ABSOLUTE:
-        layers.insert(0, SinusoidalPositions(scale=width**-0.5))
+    before = {"attention-absolute": SinusoidalPositions(scale=width**-0.5), "hgrn2": LowerBounds()}
+    if mixer in before:
+        layers.insert(0, before[mixer])
     if isinstance(task, Compression):
         layers += [Bottleneck(task.length), Residual(SwiGLU(4 * width)), Residual(SwiGLU(4 * width))]
     return LanguageModel(task.vocab, width, layers[0] if len(layers) == 1 else Sequence(*layers))
@@ -111,6 +125,3 @@ class BottleneckModule(Layer):
         behind = tokens.positions - length
         place = jnp.take(self.places[...], behind.clip(0, length - 1), axis=0).astype(x.dtype)
         return jnp.where((behind >= 0)[:, :, None], x[:, length - 1:length] + place, x), None, Aux()
-
-
-MIXERS: Callable[[], list[str]] = lambda: list(mixers(64))

@@ -10,12 +10,12 @@ best rate is that with the highest validation accuracy, and the scores are those
 it as published (docs/tasks.md); NAME-tiny is small enough for a CPU.
 
 Expected, of --preset=cpu (scaled accuracy for parity, 0 is guessing; accuracy for the others):
-  parity-tiny at 2 to 6 times its length: near 1 for delta-net-negative, gated-delta-net-negative, rwkv7 and slstm; near
-    0 for attention, mamba and every recurrence whose decays lie in [0, 1].
-  selective-copying-tiny: near 1 for attention and mamba; low for recurrences whose decay no token chooses (retention,
-    lightning, and time-invariant S4).
-  induction-heads-tiny, from 64 tokens to 16384: mamba stays high; attention-absolute is at chance from twice on.
-  mqar-tiny: attention near 1 at every width; recurrences rise with the bytes of their state.
+  parity-tiny at 2 to 6 times its length: near 1 for mamba-negative, delta-net-negative, gated-delta-net-negative,
+    rwkv7 and slstm; near 0 for attention, mamba and every recurrence whose decays lie in [0, 1]. (mamba3 rotates: it
+    can, too.)
+  selective-copying-tiny: near 1 for attention and mamba; low for what no token chooses (s4d, retention, lightning).
+  induction-heads-tiny, from 256 tokens to 16384: mamba stays high; attention-absolute is at chance from twice on.
+  mqar-tiny: attention near 1 at every width; recurrences rise with the bytes of their state; hyena lowest.
 Cost: --preset=smoke 1 to 2 minutes. --preset=cpu: docs/tasks.md.
 """
 
@@ -49,18 +49,19 @@ SETTINGS = {
     "mqar-128": Setting(steps=12_500, batch=512, widths=(64, 128, 256, 512), mlp=False),
     "mqar-256": Setting(steps=25_000, batch=256, widths=(64, 128, 256, 512), mlp=False),
     "mqar-512": Setting(steps=50_000, batch=128, widths=(64, 128, 256, 512), mlp=False),
-    "mqar-tiny": Setting(steps=500, batch=64, widths=(16, 32, 64), mlp=False),
+    "mqar-tiny": Setting(steps=400, batch=64, widths=(16, 32, 64), mlp=False),
     "induction-heads": Setting(steps=100_000, batch=8),
     "selective-copying": Setting(steps=400_000, batch=64),
     **{f"mad-{name}": Setting(steps=20_000, batch=128, widths=(128,)) for name in (
         "in-context-recall", "noisy-recall", "fuzzy-recall", "selective-copying", "compression")},
     "mad-memorisation": Setting(steps=400, batch=128, widths=(128,)),
     "parity-tiny": Setting(steps=400),
-    "selective-copying-tiny": Setting(steps=1200),
-    "induction-heads-tiny": Setting(steps=800),
+    "selective-copying-tiny": Setting(steps=800),
+    "induction-heads-tiny": Setting(steps=600, batch=8),
 }
-DECIDING = ["attention", "attention-absolute", "linear-attention", "retention", "gla", "mamba", "mamba2", "rg-lru",
-            "delta-net", "delta-net-negative", "gated-delta-net-negative", "rwkv6", "rwkv7", "mlstm", "slstm"]
+DECIDING = ["attention", "attention-absolute", "linear-attention", "retention", "gla", "s4d", "hyena", "mamba",
+            "mamba-negative", "mamba2", "mamba3", "rg-lru", "delta-net", "delta-net-negative",
+            "gated-delta-net-negative", "rwkv7", "mlstm", "slstm"]
 QUESTIONS = ["parity-tiny", "selective-copying-tiny", "induction-heads-tiny", "mqar-tiny"]
 PRESETS = {
     "smoke": dict(models=["attention", "mamba"], tasks=["parity-tiny", "mqar-tiny"], rates=["3e-3"], seeds=1, steps=20,

@@ -289,7 +289,7 @@ def test_sides_of_a_task():
     task = get_task("mqar-tiny")
     held_out = test_batches(task, 4, 8)
     for _ in range(2):  # it can be read again
-        assert [b.ids.shape for b in held_out] == [(4, 64)] * 2
+        assert [b.ids.shape for b in held_out] == [(4, 32)] * 2
     seen = {row.tobytes() for b in list(held_out) + list(test_batches(task, 4, 8, "validation")) for row in b.ids}
     seen |= {row.tobytes() for b, _ in zip(task_batches(task, 4, 0), range(4)) for row in b.ids}
     assert len(seen) == 8 + 8 + 16

@@ -1,4 +1,4 @@
-"""A tiny run of the tasks: every file is there, what is done is not done again, and the matrix says what the runs say."""
+"""A tiny run of the tasks: every file is there, what is done is not done again, the matrix says what the runs say."""
 
 import csv
 import json
@@ -48,7 +48,7 @@ def test_files_and_figures(out):
         for seed in "01"}
     parity = {row["model"]: row for row in rows if row["task"] == "parity-tiny" and row["seed"] == "0"}
     assert list(json.loads(parity["attention"]["tests"])) == ["40", "80", "160", "240"]
-    # min-gru: 2 layers of 2 * 16 float32 and the segment; attention: keys and values of 40 places, and their book-keeping
+    # min-gru: 2 layers of 2 * 16 float32 and a segment; attention: keys and values of 40 places, and their numbers
     assert int(parity["min-gru"]["state_bytes"]) == 2 * (2 * 16 * 4 + 4) + 12
     assert int(parity["attention"]["state_bytes"]) > 2 * 2 * 40 * 16 * 4
 
