@@ -19,6 +19,7 @@ from archlab.layers.sharding import per_shard
 from archlab.recurrence.convolution import ConvState
 
 DENSE = 32  # halves up to this length go by products of matrices, longer ones by FFT; pieces up to it by pairs
+GROUP = 2**19  # numbers convolved at once
 
 
 def long_convolution(u: Float[Array, "B T F"], h: Float[Array, "J F"], segments: Int[Array, "B T"]):
@@ -28,7 +29,18 @@ def long_convolution(u: Float[Array, "B T F"], h: Float[Array, "J F"], segments:
     """
     T, u = u.shape[1], jnp.where((segments > 0)[:, :, None], wide(u), 0)
     h = jnp.pad(h[:T], ((0, max(0, T - h.shape[0])), (0, 0))).astype(u.dtype)
-    return per_shard(_convolve, "BTF TF BT", "BTF")(u, h, segments)
+    return per_shard(_in_groups, "BTF TF BT", "BTF")(u, h, segments)
+
+
+def _in_groups(u, h, segments):
+    """Some channels at a time, so that spectra are small beside the text itself."""
+    B, T, F = u.shape
+    size = next(n for n in range(F, 0, -1) if F % n == 0 and (n * B * T <= GROUP or n == 1))
+    if size == F:
+        return _convolve(u, h, segments)
+    cut = lambda a: jnp.moveaxis(a.reshape(*a.shape[:-1], F // size, size), -2, 0)
+    y = jax.lax.map(lambda group: _convolve(*group, segments), (cut(u), cut(h)))
+    return jnp.moveaxis(y, 0, 2).reshape(u.shape)
 
 
 @jax.custom_vjp

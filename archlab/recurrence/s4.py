@@ -24,6 +24,9 @@ from archlab.recurrence.state_space import (RATE, StateSpaceModule, StateSpaceSt
                                             log_uniform, pairs, root)
 
 
+GROUP = 64  # channels whose powers of A are held at once
+
+
 class S4(LayerConfig):
     """S4's layer: HiPPO-LegS at the start, discretised by the bilinear method.
 
@@ -94,8 +97,13 @@ class LowRankSystem:
 
     def kernel(self, length):
         # Its powers of A are many times what the kernel weighs: the gradient takes them again.
-        system = lambda *parts: LowRankSystem(*parts, self.longest)._kernel(length)
-        return jax.checkpoint(system)(*self.parts)
+        kernel = jax.checkpoint(lambda parts: LowRankSystem(*parts, self.longest)._kernel(length))
+        channels = self.parts[0].shape[0]
+        size = next(n for n in range(min(channels, GROUP), 0, -1) if channels % n == 0)
+        if size == channels:
+            return kernel(self.parts)
+        groups = [part.reshape(-1, size, part.shape[1]) for part in self.parts]
+        return jnp.moveaxis(jax.lax.map(kernel, groups), 0, 1).reshape(length, channels)
 
     def _kernel(self, length):
         short, long = self._split(length)

@@ -124,6 +124,19 @@ class StateSpaceModule(Layer):
 
     def __call__(self, x, tokens: Tokens, state: StateSpaceState | None = None):
         y, state = run(self.ssm.system(x.shape[1]), x, tokens, state)
-        y = jax.nn.gelu(y + self.skip[...] * wide(x), approximate=False).astype(x.dtype)
-        value, gate = jnp.moveaxis(project(y, self.mix, "BTD,DCF->BTCF") + self.mix_bias[...].astype(x.dtype), 2, 0)
-        return value * jax.nn.sigmoid(gate), state, Aux()
+        y = _activate(y, x, self.skip[...])
+        return _gate(project(y, self.mix, "BTD,DCF->BTCF"), self.mix_bias[...]), state, Aux()
+
+
+# What lies between products is cheap: the gradient takes it again, and a long text's memory is of its products alone.
+
+
+@jax.checkpoint
+def _activate(y, x, skip):
+    return jax.nn.gelu(y + skip * wide(x), approximate=False).astype(x.dtype)
+
+
+@jax.checkpoint
+def _gate(y, bias):
+    value, gate = jnp.moveaxis(y + bias.astype(y.dtype), 2, 0)
+    return value * jax.nn.sigmoid(gate)

@@ -55,7 +55,7 @@ def reference(w, config, x, segments):
                          ids=["order2", "order3"])
 def test_hyena_is_the_papers(float64, monkeypatch, config):
     monkeypatch.setattr(long_convolution, "DENSE", 2)  # FFTs from stretches of 8 tokens on
-    module = cast(jittered(config.build(nnx.Rngs(0), Place(D))), jnp.float64)
+    module = cast(jittered(jax.jit(lambda: config.build(nnx.Rngs(0), Place(D)))()), jnp.float64)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, T, D)))
     w = {path: np.asarray(p[...]) for path, p in parameters_of(module).items()}
     want, real = reference(w, config, np.asarray(x), SEGMENTS), SEGMENTS > 0

@@ -109,7 +109,7 @@ CONFIGS = [S4D(4), S4D(6, init="legs", discretisation="bilinear"), S4(6)]
 
 @pytest.mark.parametrize("config", CONFIGS, ids=["S4D", "S4D-bilinear", "S4"])
 def test_layer_is_the_papers(float64, short, config):
-    module = cast(jittered(config.build(nnx.Rngs(0), Place(D))), jnp.float64)
+    module = cast(jittered(jax.jit(lambda: config.build(nnx.Rngs(0), Place(D)))()), jnp.float64)
     x = np.random.default_rng(0).normal(size=(2, T, D))
     w = {path: np.asarray(p[...]) for path, p in parameters_of(module).items()}
     want, real = reference(w, config, x, SEGMENTS), SEGMENTS > 0
