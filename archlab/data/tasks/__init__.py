@@ -24,7 +24,7 @@ TASKS: dict[str, Task] = {
     "mqar-512": MQAR(length=512, pairs=64),
     "mqar-tiny": MQAR(symbols=64, length=32, pairs=8),
     "induction-heads": InductionHeads(),
-    "induction-heads-tiny": InductionHeads(lengths=(512, 1024, 4096, 16384), marks=8),
+    "induction-heads-tiny": InductionHeads(lengths=(512, 1024, 4096, 16384), marks=32),
     "selective-copying": SelectiveCopying(),
     "selective-copying-tiny": SelectiveCopying(symbols=10, length=32, tokens=6),
     "copying": Copying(),
