@@ -34,13 +34,16 @@ FIRST = "first_value"  # the published value, [B, T, D]
 class RWKV7(LayerConfig):
     """The time mix. head_size: K; the heads fill the stream. decay_rank, rate_rank, value_rank, gate_rank: of the maps
     from a token to its decays, learning rates, shares of the first layer's values, and gates; value_rank = None makes
-    the first layer. form: of the recurrence; None to choose."""
+    the first layer. negative: learning rates in (0, 2) instead of (0, 1), so that the transition's eigenvalue along the
+    removal key, w - a, reaches -1 and not only -0.455; following a state wants that, and decays near 1.
+    form: of the recurrence; None to choose."""
 
     head_size: int = 64
     decay_rank: int = 64
     rate_rank: int = 64
     value_rank: int | None = 32
     gate_rank: int = 128
+    negative: bool = False
     form: Form | None = None
 
     def __post_init__(self):
@@ -88,7 +91,7 @@ class RWKV7Module(Layer):
         self.receptance, self.value = (matrices(rngs, D, H, uniform(0.5 * D**-0.5)) for _ in range(2))
         self.key = matrices(rngs, D, H, uniform(0.05 * D**-0.5))
         self.out = parameter(rngs, "HK->D", (H, K, D), nnx.initializers.zeros)
-        self.norm, self.form = head_norm(rngs, H, K, depth), config.form
+        self.norm, self.config = head_norm(rngs, H, K, depth), config
 
     def init_state(self, batch, max_length, dtype=jnp.float32, memory=None):
         return TimeMixState.zeros(batch, *self.key.shape, dtype)
@@ -101,14 +104,14 @@ class RWKV7Module(Layer):
         r, k, v = into("receptance"), into("key"), into("value")
         v, traces = self.with_first(v, mixed("value"), tokens)
         decay = -math.exp(-0.5) * jax.nn.sigmoid(self.decay(mixed("decay"), jnp.tanh))
-        rate = jax.nn.sigmoid(self.rate(mixed("rate")))
+        rate = jax.nn.sigmoid(self.rate(mixed("rate"))) * (2 if self.config.negative else 1)
         gate = jnp.swapaxes(self.gate(mixed("gate"), jax.nn.sigmoid), 1, 2).astype(x.dtype)
 
         channel = lambda weight: weight[...][:, None, :]
         kk = k * channel(self.removal)
         kk = kk * jax.lax.rsqrt(jnp.maximum((kk * kk).sum(-1, keepdims=True), 1e-24))
         k = k * (1 + (rate - 1) * channel(self.replacement))
-        y, memory = generalised_delta(r, k, v, -kk, rate * kk, decay, tokens, past.memory, self.form)
+        y, memory = generalised_delta(r, k, v, -kk, rate * kk, decay, tokens, past.memory, self.config.form)
         own = (r * k * channel(self.bonus)).sum(-1, keepdims=True) * v
         y = (self.norm(jnp.swapaxes(y, 1, 2)) + jnp.swapaxes(own, 1, 2)).astype(x.dtype) * gate
         state = None if state is None else TimeMixState(shift, memory)

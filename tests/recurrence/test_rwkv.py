@@ -92,7 +92,7 @@ def first_values(x):
     return np.cos(3 * x) + 0.5
 
 
-def rwkv7(w, x):
+def rwkv7(w, x, reach=1):
     split = lambda a: a.reshape(len(x), *w["bonus"].shape)
     mixed = lambda name: of_the_one_before(w, x, name)
     low_rank = lambda name, act, x: split(act(x @ w[f"{name}/down"]) @ flat(w[f"{name}/up"])) + w.get(f"{name}/bias", 0)
@@ -101,7 +101,7 @@ def rwkv7(w, x):
     if "blend/bias" in w:
         v = v + (split(first_values(x)) - v) * sigmoid(low_rank("blend", same, mixed("value")))
     decay = np.exp(-np.exp(-0.5) * sigmoid(low_rank("decay", np.tanh, mixed("decay"))))
-    a = sigmoid(low_rank("rate", same, mixed("rate")))
+    a = reach * sigmoid(low_rank("rate", same, mixed("rate")))
     g = low_rank("gate", sigmoid, mixed("gate"))
     kk = k * w["removal"]
     kk = kk / np.linalg.norm(kk, axis=-1, keepdims=True)
@@ -140,7 +140,8 @@ def test_the_layers_are_the_papers(float64, config, reference):
 
 def test_later_layers_of_rwkv7_read_the_first_values(float64):
     x = np.random.default_rng(0).normal(size=(*SEGMENTS.shape, D))  # the very text of `check`
-    check(RWKV7(4, value_rank=2, **SMALL), rwkv7, AT, lambda t: t.provide({FIRST: jnp.asarray(first_values(x))}))
+    config, reference = RWKV7(4, value_rank=2, negative=True, **SMALL), functools.partial(rwkv7, reach=2)
+    check(config, reference, AT, lambda t: t.provide({FIRST: jnp.asarray(first_values(x))}))
 
 
 def test_rwkv7_publishes_its_first_values():
