@@ -51,6 +51,7 @@ def mixers(width: int, longest: int = LONGEST) -> dict[str, LayerConfig]:
     size = min(32, width)
     heads = width // size
     delta = dict(heads=heads, key_size=size, value_size=size)
+    goose = dict(head_size=size, decay_rank=8, rate_rank=8, gate_rank=16, value_rank=None)
     return {
         "attention": Attention(heads),
         "attention-absolute": Attention(heads, positions=None),
@@ -77,7 +78,8 @@ def mixers(width: int, longest: int = LONGEST) -> dict[str, LayerConfig]:
         "rwkv4": RWKV4(),
         "rwkv5": RWKV5(head_size=size),
         "rwkv6": RWKV6(head_size=size, mix_rank=8, decay_rank=8),
-        "rwkv7": RWKV7(head_size=size, decay_rank=8, rate_rank=8, gate_rank=16, value_rank=None),
+        "rwkv7": RWKV7(**goose),
+        "rwkv7-negative": RWKV7(**goose, negative=True),
         "mlstm": MLSTM(heads),
         "slstm": SLSTM(heads),
     }
