@@ -25,6 +25,8 @@ SMALL = {  # flags that make a command small; what comes last wins
     "inspect": "--rows=1 --context=64",
     "sharding": "--batch=8 --context=16 --steps=1 --meshes=data:2,expert:4",
     "moe_ablation": "--studies=collapse",
+    "tasks": "--models=attention --tasks=parity-tiny --widths=16 --steps=2",
+    "recurrence": "--lengths=40 --repeats=1 --heads=2 --groups=1 --keys=8 --values=8",
     "bench": "--batch=1 --context=32 --steps=1 --contexts=32 --new_tokens=4 --repeats=1",
 }
 
