@@ -129,10 +129,8 @@ class HyenaModule(Layer):
         self._fits(T, "a text")
         if state is not None and T > state.taps.shape[0]:
             raise ValueError(f"a piece of {T} tokens: the state was made for max_length = {state.taps.shape[0]}")
-        u = add_bias(project(x, self.into, "BTD,DF->BTF"), self.into_bias)
-        # Its gradient takes the shifted inputs again: they weigh several times what goes in.
-        short = jax.checkpoint(lambda u: self.short(u, tokens, None if state is None else state.short))
-        u, short = short(u)
+        u, short = self.short(add_bias(project(x, self.into, "BTD,DF->BTF"), self.into_bias), tokens,
+                              None if state is None else state.short)
         *gates, v = jnp.split(u, O + 2, -1)
         # A step takes the taps that the state holds: to draw them again would cost more than to use them.
         taps = state.taps if state is not None and T == 1 else self.filter(T if state is None else len(state.taps))
