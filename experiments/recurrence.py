@@ -1,7 +1,7 @@
 """Measures the forms of every recurrence: time and memory, forward and backward, against its own steps one by one.
 
     python -m experiments.recurrence
-    python -m experiments.recurrence --recurrences=scalar,delta --form="Chunked(32)" --form="Chunked(128)" --lengths=8192
+    python -m experiments.recurrence --recurrences=scalar,delta --form="Chunked(32)" --form="Chunked(64)" --lengths=8192
 
 Forms are expressions of archlab.recurrence.forms; `chosen` is what the platform gets when nobody asks, `Sequential()`
 the definition. Forms take turns, so that all meet the same moods of the machine: compare within a length. Memory is
@@ -99,7 +99,8 @@ def recurrences() -> dict:
 
     def selective(T):
         F, n = H * P, 16
-        arrays = normal(B, T, F), jax.nn.softplus(normal(B, T, F)), -jnp.exp(normal(F, n)), normal(B, T, n), normal(B, T, n)
+        x, dt, A = normal(B, T, F), jax.nn.softplus(normal(B, T, F)), -jnp.exp(normal(F, n))
+        arrays = x, dt, A, normal(B, T, n), normal(B, T, n)
         starts, h = document_starts(tokens(T).segments, jnp.zeros(B, jnp.int32))[0], jnp.zeros((B, F, n))
         return (lambda form, *a: selective_scan(*a, starts, h, form=form)[0]), arrays
 

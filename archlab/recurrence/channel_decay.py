@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from archlab.layers.contract import Tokens
-from archlab.recurrence.forms import Chunked, Form, Kernel, Sequential
+from archlab.recurrence.forms import Chunked, Form, select
 from archlab.recurrence.kernels.channel_decay import channel_decay_kernel
 from archlab.recurrence.kernels.matrix import fitting
 from archlab.recurrence.memory import LEAST, MemoryState, chunk_by_chunk, dot, remember, step_by_step
@@ -29,14 +29,7 @@ def channel_decay(q: Float[Array, "B H T N"], k: Float[Array, "B H T N"], v: Flo
     Returns: y [B, H, T, P] in the dtype of the state, and the state after the piece.
     """
     form = form or fitting(state.matrix, v.shape[2]) or Chunked(16)
-    if isinstance(form, Sequential) or v.shape[2] == 1:
-        run = sequential
-    elif isinstance(form, Kernel):
-        run = functools.partial(channel_decay_kernel, size=form.size, interpret=form.interpret)
-    elif isinstance(form, Chunked):
-        run = functools.partial(chunked, size=form.size)
-    else:
-        raise ValueError(f"form = {form}: channel_decay is computed by Sequential(), Chunked(size) or Kernel(size)")
+    run = select(form, v.shape[2], sequential, chunked, channel_decay_kernel)
     if bonus is None:
         return remember(run, "BHTN", q, k, v, log_decay, tokens=tokens, state=state)
     # Reading before the write is reading the state of the token before: what the token itself adds is known.

@@ -19,7 +19,7 @@ class ConvState:
 
 
 class CausalConv(nnx.Module):
-    """`y_t = bias + sum_j weight[W - 1 - j] x_{t-j}` per channel, within the document. weight [W, F]: its last row is for
+    """`y_t = bias + sum_j weight[W - 1 - j] x_{t-j}` per channel, within the document. weight [W, F], its last row for
     the token itself, as in published checkpoints; bias [F] if wanted.
 
     Initialised as the framework of the published code does it: uniform within 1/sqrt(W).

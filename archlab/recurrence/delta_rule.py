@@ -7,13 +7,11 @@ DeltaNet (arXiv:2412.06464) with one number per head and token. Keys of length 1
 up to 2 lets the transition's eigenvalue along the key be negative (arXiv:2411.12537).
 """
 
-import functools
-
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from archlab.layers.contract import Tokens
-from archlab.recurrence.forms import Chunked, Form, Kernel, Sequential
+from archlab.recurrence.forms import Chunked, Form, select
 from archlab.recurrence.kernels.delta_rule import delta_rule_kernel
 from archlab.recurrence.kernels.matrix import fitting
 from archlab.recurrence.memory import MemoryState, chunk_by_chunk, dot, per_head, remember, step_by_step
@@ -30,14 +28,7 @@ def delta_rule(q: Float[Array, "B G T N"], k: Float[Array, "B G T N"], v: Float[
     Returns: y [B, H, T, P] in the dtype of the state, and the state after the piece.
     """
     form = form or fitting(state.matrix, v.shape[2]) or Chunked(32)
-    if isinstance(form, Sequential) or v.shape[2] == 1:
-        run = sequential
-    elif isinstance(form, Kernel):
-        run = functools.partial(delta_rule_kernel, size=form.size, interpret=form.interpret)
-    elif isinstance(form, Chunked):
-        run = functools.partial(chunked, size=form.size)
-    else:
-        raise ValueError(f"form = {form}: the delta rule is computed by Sequential(), Chunked(size) or Kernel(size)")
+    run = select(form, v.shape[2], sequential, chunked, delta_rule_kernel)
     return remember(run, "BHT BHT", q, k, v, beta, log_decay, tokens=tokens, state=state)
 
 

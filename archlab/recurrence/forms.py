@@ -4,6 +4,9 @@ A recurrence of this room takes `form=None` and then chooses by platform and sha
 One token, a decode step, is always one step of the recurrence itself.
 """
 
+import functools
+from collections.abc import Callable
+
 from archlab.layers.config import Config, require
 
 
@@ -37,3 +40,14 @@ class Kernel(Form):
 
     def __post_init__(self):
         require(self.size >= 1 and self.size & (self.size - 1) == 0, self, "size", "must be a power of 2")
+
+
+def select(form: Form, length: int, sequential: Callable, chunked: Callable, kernel: Callable) -> Callable:
+    """Which of these computes a recurrence of matrix states over `length` tokens. ValueError for `Associative()`."""
+    if isinstance(form, Sequential) or length == 1:
+        return sequential
+    if isinstance(form, Kernel):
+        return functools.partial(kernel, size=form.size, interpret=form.interpret)
+    if isinstance(form, Chunked):
+        return functools.partial(chunked, size=form.size)
+    raise ValueError(f"form = {form}: matrix states are computed by Sequential(), Chunked(size) or Kernel(size)")

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from archlab.layers.contract import Tokens
-from archlab.recurrence.forms import Chunked, Form, Kernel, Sequential
+from archlab.recurrence.forms import Chunked, Form, select
 from archlab.recurrence.kernels.generalised_delta import generalised_delta_kernel
 from archlab.recurrence.kernels.matrix import fitting
 from archlab.recurrence.memory import MemoryState, chunk_by_chunk, dot, remember, step_by_step
@@ -35,15 +35,7 @@ def generalised_delta(q: Float[Array, "B H T N"], k: Float[Array, "B H T N"], v:
     Returns: y [B, H, T, P] in the dtype of the state, and the state after the piece.
     """
     form = form or fitting(state.matrix, v.shape[2], most=128) or Chunked(32)
-    if isinstance(form, Sequential) or v.shape[2] == 1:
-        run = sequential
-    elif isinstance(form, Kernel):
-        run = functools.partial(generalised_delta_kernel, size=form.size, interpret=form.interpret)
-    elif isinstance(form, Chunked):
-        run = functools.partial(chunked, size=form.size)
-    else:
-        raise ValueError(f"form = {form}: the generalised delta rule is computed by Sequential(), Chunked(size) or "
-                         "Kernel(size)")
+    run = select(form, v.shape[2], sequential, chunked, generalised_delta_kernel)
     return remember(run, "BHTN BHTN BHTN", q, k, v, a, b, log_decay, tokens=tokens, state=state)
 
 

@@ -6,13 +6,11 @@ Mamba-2's structured state-space duality (Dao & Gu 2024, arXiv:2405.21060, secti
 lightning attention (arXiv:2401.04658) and, with its normaliser as one more value, the mLSTM (arXiv:2405.04517).
 """
 
-import functools
-
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from archlab.layers.contract import Tokens
-from archlab.recurrence.forms import Chunked, Form, Kernel, Sequential
+from archlab.recurrence.forms import Chunked, Form, select
 from archlab.recurrence.kernels.matrix import fitting
 from archlab.recurrence.kernels.scalar_decay import scalar_decay_kernel
 from archlab.recurrence.memory import (MemoryState, chunk_by_chunk, decays, dot, per_head, remember,
@@ -28,14 +26,7 @@ def scalar_decay(q: Float[Array, "B G T N"], k: Float[Array, "B G T N"], v: Floa
     Returns: y [B, H, T, P] in the dtype of the state, and the state after the piece.
     """
     form = form or fitting(state.matrix, v.shape[2]) or Chunked(32)
-    if isinstance(form, Sequential) or v.shape[2] == 1:
-        run = sequential
-    elif isinstance(form, Kernel):
-        run = functools.partial(scalar_decay_kernel, size=form.size, interpret=form.interpret)
-    elif isinstance(form, Chunked):
-        run = functools.partial(chunked, size=form.size)
-    else:
-        raise ValueError(f"form = {form}: scalar_decay is computed by Sequential(), Chunked(size) or Kernel(size)")
+    run = select(form, v.shape[2], sequential, chunked, scalar_decay_kernel)
     return remember(run, "BHT", q, k, v, log_decay, tokens=tokens, state=state)
 
 

@@ -17,7 +17,8 @@ from tests.helpers import tokens_of
 DOCS = (Path(__file__).parents[2] / "docs" / "recurrence.md").read_text()
 IMPORTS = re.search(r"```python\n(.*?)```", DOCS, re.DOTALL).group(1)
 TABLE = DOCS.split("## Mixers")[1].split("## ")[0]
-EXPRESSIONS = [e for row in re.findall(r"^\| [^|]* \| ([^|]*) \|", TABLE, re.MULTILINE) for e in re.findall(r"`(.*?)`", row)]
+COLUMN = re.findall(r"^\| [^|]* \| ([^|]*) \|", TABLE, re.MULTILINE)
+EXPRESSIONS = [expression for cell in COLUMN for expression in re.findall(r"`(.*?)`", cell)]
 
 
 def test_there_are_rows():

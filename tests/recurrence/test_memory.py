@@ -129,7 +129,7 @@ def test_short_pieces_are_hardly_padded(length, size, want):
 def test_errors(kind):
     arrays = inputs(kind, 3, np.float32)
     for form in (Associative(), "chunked"):
-        with pytest.raises(ValueError, match=r"form = .*: \w+_decay is computed by Sequential\(\)"):
+        with pytest.raises(ValueError, match=r"form = .*: matrix states are computed by Sequential\(\)"):
             run(kind, form, documents(3), *arrays)
     with pytest.raises(ValueError, match="4 heads do not divide into 3 groups"):
         run(kind, None, documents(3), arrays[0][:, :3], arrays[1][:, :3], *arrays[2:])
