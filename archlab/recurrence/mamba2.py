@@ -104,24 +104,35 @@ class Mamba2Module(Layer):
         past = self.init_state(x.shape[0], 0, x.dtype) if state is None else state
         u = add_bias(project(x, self.into, "BTD,DF->BTF"), self.into_bias)
         u, conv = self.conv(u, tokens, None if state is None else state.conv)
-        F, G = self.out.shape[0], self.form.groups
-        u, B, C = jnp.split(jax.nn.silu(u), [F, F + G * self.form.state], axis=-1)
-        u, B, C = (_heads(a, n) for a, n in ((u, self.A_log.shape[0]), (B, G), (C, G)))
-
-        dt = jax.nn.softplus(wide(add_bias(project(x, self.step, "BTD,DH->BTH"), self.step_bias)) + self.dt_bias[...])
-        dt = jnp.swapaxes(dt, 1, 2)
-        if self.form.step_limits:
-            dt = jnp.clip(dt, *self.form.step_limits)
-        log_decay = -jnp.exp(wide(self.A_log[...]))[:, None] * dt
-        y, memory = scalar_decay(C, B, dt[..., None] * wide(u), log_decay, tokens, past.memory, self.form.form)
-        y = y + self.skip[...][:, None, None] * wide(u)
-
+        dt = add_bias(project(x, self.step, "BTD,DH->BTH"), self.step_bias)
         gate = add_bias(project(x, self.gate, "BTD,DF->BTF"), self.gate_bias)
-        y = jnp.moveaxis(y.astype(x.dtype), 1, 2).reshape(gate.shape) * jax.nn.silu(gate)
-        y = self.norm(y.reshape(*y.shape[:2], G, -1)).reshape(y.shape)
+
+        # What is cheap to compute again is not kept for the gradient: it would be most of a layer's memory.
+        u, B, C, v, dt = jax.checkpoint(self.inputs)(u, dt)
+        log_decay = -jnp.exp(wide(self.A_log[...]))[:, None] * dt
+        y, memory = scalar_decay(C, B, v, log_decay, tokens, past.memory, self.form.form)
+        y = jax.checkpoint(self.finish)(y, u, gate)
+
         aux = Aux(traces={"step_size": jnp.where(tokens.real, dt.mean(1), 0)})
         state = None if state is None else Mamba2State(conv, memory)
         return add_bias(project(y, self.out, "BTF,FD->BTD"), self.out_bias), state, aux
+
+    def inputs(self, u: Float[Array, "B T F"], dt: Float[Array, "B T H"]):
+        """u [B, H, T, P], B and C [B, G, T, N], dt u [B, H, T, P] and dt [B, H, T] of what the convolution gives and of
+        raw step sizes."""
+        F, G = self.out.shape[0], self.form.groups
+        u, B, C = jnp.split(jax.nn.silu(u), [F, F + G * self.form.state], axis=-1)
+        u, B, C = _heads(u, self.A_log.shape[0]), _heads(B, G), _heads(C, G)
+        dt = jnp.swapaxes(jax.nn.softplus(wide(dt) + self.dt_bias[...]), 1, 2)
+        if self.form.step_limits:
+            dt = jnp.clip(dt, *self.form.step_limits)
+        return u, B, C, dt[..., None] * wide(u), dt
+
+    def finish(self, y: Float[Array, "B H T P"], u: Float[Array, "B H T P"], gate: Float[Array, "B T F"]):
+        """The skip, the gate and the norm: [B, T, F]."""
+        y = y + self.skip[...][:, None, None] * wide(u)
+        y = jnp.moveaxis(y.astype(gate.dtype), 1, 2).reshape(gate.shape) * jax.nn.silu(gate)
+        return self.norm(y.reshape(*y.shape[:2], self.form.groups, -1)).reshape(y.shape)
 
 
 def _heads(a: Float[Array, "B T F"], heads: int) -> Float[Array, "B H T P"]:
