@@ -79,6 +79,7 @@ flags.DEFINE_integer("steps", None, "Steps a run; by default each task's own.")
 flags.DEFINE_list("widths", None, "Widths of the network; by default each task's own.")
 flags.DEFINE_integer("workers", 1, "Processes that share the work, on as many parts of the machine's cores.")
 flags.DEFINE_string("part", "0/1", "I/N: this process does every N-th piece of the work, from I on (several machines).")
+flags.DEFINE_bool("train", True, "--notrain: only draw the runs that the folder has.")
 flags.DEFINE_string("out", "runs/tasks", "The folder of the results.")
 
 
@@ -135,7 +136,9 @@ def main() -> None:
     out = Path(FLAGS.out)
     out.mkdir(parents=True, exist_ok=True)
     results = Results(out / "results.csv")
-    if FLAGS.workers > 1:
+    if not FLAGS.train:
+        parts = 1
+    elif FLAGS.workers > 1:
         _share(part, parts)
     else:
         _train(cells[part::parts], tasks, rates, seeds, results)
