@@ -82,8 +82,8 @@ class MambaModule(Layer):
         # Bounds 1/sqrt(fan_in) are the default of the framework the published model was trained in.
         self.into = parameter(rngs, "D->F", (D, F), uniform(D**-0.5))
         self.gate = parameter(rngs, "D->F", (D, F), uniform(D**-0.5))
-        zeros = lambda letters, n: parameter(rngs, letters, (n,)) if config.bias else None
-        self.into_bias, self.gate_bias, self.out_bias = zeros("->F", F), zeros("->F", F), zeros("->D", D)
+        bias = lambda letters, n: parameter(rngs, letters, (n,)) if config.bias else None
+        self.into_bias, self.gate_bias, self.out_bias = bias("->F", F), bias("->F", F), bias("->D", D)
         self.conv = CausalConv(config.conv, F, rngs, config.conv_bias)
         self.select = parameter(rngs, "F->.", (F, R + 2 * N), uniform(F**-0.5))
         self.step = parameter(rngs, ".->F", (R, F), uniform(R**-0.5))

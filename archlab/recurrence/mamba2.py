@@ -78,15 +78,15 @@ class Mamba2Module(Layer):
     Trace: step_size [B, T], the mean step over heads."""
 
     def __init__(self, config: Mamba2, rngs: nnx.Rngs, at: Place):
-        self.form = config
+        self.config = config
         D, F, GN = at.width, config.expand * at.width, config.groups * config.state
         H = F // config.head_size
         uniform = lambda bound: lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -1, 1) * bound
-        zeros = lambda letters, n: parameter(rngs, letters, (n,)) if config.bias else None
-        self.gate, self.gate_bias = parameter(rngs, "D->F", (D, F), uniform(D**-0.5)), zeros("->F", F)
+        bias = lambda letters, n: parameter(rngs, letters, (n,)) if config.bias else None
+        self.gate, self.gate_bias = parameter(rngs, "D->F", (D, F), uniform(D**-0.5)), bias("->F", F)
         self.into = parameter(rngs, "D->F", (D, F + 2 * GN), uniform(D**-0.5))
-        self.into_bias = zeros("->F", F + 2 * GN)
-        self.step, self.step_bias = parameter(rngs, "D->H", (D, H), uniform(D**-0.5)), zeros("->H", H)
+        self.into_bias = bias("->F", F + 2 * GN)
+        self.step, self.step_bias = parameter(rngs, "D->H", (D, H), uniform(D**-0.5)), bias("->H", H)
         self.dt_bias = parameter(rngs, "->H", (H,), step_bias)
         self.conv = CausalConv(config.conv, F + 2 * GN, rngs, config.conv_bias)
         rates = lambda key, shape, dtype: jnp.log(jax.random.uniform(key, shape, dtype, 1, 16))
@@ -94,10 +94,10 @@ class Mamba2Module(Layer):
         self.skip = parameter(rngs, "->H", (H,), nnx.initializers.ones)
         self.norm = NormModule(RMSNorm(config.eps), rngs, (config.groups, F // config.groups), "->GF")
         self.out = parameter(rngs, "F->D", (F, D), uniform((F * max(at.depth, 1)) ** -0.5))
-        self.out_bias = zeros("->D", D)
+        self.out_bias = bias("->D", D)
 
     def init_state(self, batch, max_length, dtype=jnp.float32, memory=None):
-        H, P, N = self.A_log.shape[0], self.form.head_size, self.form.state
+        H, P, N = self.A_log.shape[0], self.config.head_size, self.config.state
         return Mamba2State(self.conv.init_state(batch, dtype), MemoryState.zeros(batch, H, N, P, dtype))
 
     def __call__(self, x, tokens: Tokens, state: Mamba2State | None = None):
@@ -110,7 +110,7 @@ class Mamba2Module(Layer):
         # What is cheap to compute again is not kept for the gradient: it would be most of a layer's memory.
         u, B, C, v, dt = jax.checkpoint(self.inputs)(u, dt)
         log_decay = -jnp.exp(wide(self.A_log[...]))[:, None] * dt
-        y, memory = scalar_decay(C, B, v, log_decay, tokens, past.memory, self.form.form)
+        y, memory = scalar_decay(C, B, v, log_decay, tokens, past.memory, self.config.form)
         y = jax.checkpoint(self.finish)(y, u, gate)
 
         aux = Aux(traces={"step_size": jnp.where(tokens.real, dt.mean(1), 0)})
@@ -120,19 +120,19 @@ class Mamba2Module(Layer):
     def inputs(self, u: Float[Array, "B T F"], dt: Float[Array, "B T H"]):
         """u [B, H, T, P], B and C [B, G, T, N], dt u [B, H, T, P] and dt [B, H, T] of what the convolution gives and of
         raw step sizes."""
-        F, G = self.out.shape[0], self.form.groups
-        u, B, C = jnp.split(jax.nn.silu(u), [F, F + G * self.form.state], axis=-1)
+        F, G = self.out.shape[0], self.config.groups
+        u, B, C = jnp.split(jax.nn.silu(u), [F, F + G * self.config.state], axis=-1)
         u, B, C = _heads(u, self.A_log.shape[0]), _heads(B, G), _heads(C, G)
         dt = jnp.swapaxes(jax.nn.softplus(wide(dt) + self.dt_bias[...]), 1, 2)
-        if self.form.step_limits:
-            dt = jnp.clip(dt, *self.form.step_limits)
+        if self.config.step_limits:
+            dt = jnp.clip(dt, *self.config.step_limits)
         return u, B, C, dt[..., None] * wide(u), dt
 
     def finish(self, y: Float[Array, "B H T P"], u: Float[Array, "B H T P"], gate: Float[Array, "B T F"]):
         """The skip, the gate and the norm: [B, T, F]."""
         y = y + self.skip[...][:, None, None] * wide(u)
         y = jnp.moveaxis(y.astype(gate.dtype), 1, 2).reshape(gate.shape) * jax.nn.silu(gate)
-        return self.norm(y.reshape(*y.shape[:2], self.form.groups, -1)).reshape(y.shape)
+        return self.norm(y.reshape(*y.shape[:2], self.config.groups, -1)).reshape(y.shape)
 
 
 def _heads(a: Float[Array, "B T F"], heads: int) -> Float[Array, "B H T P"]:
