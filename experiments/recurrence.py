@@ -1,7 +1,7 @@
 """Measures the forms of every recurrence: time and memory, forward and backward, against its own steps one by one.
 
     python -m experiments.recurrence
-    python -m experiments.recurrence --recurrences=scalar,delta --form="Chunked(32)" --form="Chunked(64)" --lengths=8192
+    python -m experiments.recurrence --recurrences=scalar_decay --form="Chunked(32)" --form="Chunked(64)" --lengths=8192
 
 Forms are expressions of archlab.recurrence.forms; `chosen` is what the platform gets when nobody asks, `Sequential()`
 the definition. Forms take turns, so that all meet the same moods of the machine: compare within a length. Memory is
@@ -23,7 +23,8 @@ from absl import flags
 from experiments import common
 
 FLAGS = flags.FLAGS
-flags.DEFINE_list("recurrences", ["scalar", "channel", "delta", "generalised", "selective", "diagonal", "complex"],
+flags.DEFINE_list("recurrences", ["scalar_decay", "channel_decay", "delta_rule", "generalised_delta", "selective_scan",
+                                    "diagonal", "complex"],
                   "Which to measure.")
 flags.DEFINE_multi_string("form", [], "One more form, as an expression: Chunked(32). Repeatable.")
 flags.DEFINE_list("lengths", ["2048"], "T.")
@@ -112,10 +113,10 @@ def recurrences() -> dict:
             return (lambda form, *a: jnp.abs(diagonal(*a, tokens(T), state, form)[0])), arrays
         return run
 
-    return {"scalar": memory(scalar_decay, head, shared=True), "channel": memory(channel_decay, key),
-            "delta": memory(delta_rule, lambda T: jax.nn.sigmoid(normal(B, H, T)), head, shared=True),
-            "generalised": memory(generalised_delta, direction, lambda T: -0.5 * direction(T), key),
-            "selective": selective, "diagonal": channels(jnp.float32), "complex": channels(jnp.complex64)}
+    return {"scalar_decay": memory(scalar_decay, head, shared=True), "channel_decay": memory(channel_decay, key),
+            "delta_rule": memory(delta_rule, lambda T: jax.nn.sigmoid(normal(B, H, T)), head, shared=True),
+            "generalised_delta": memory(generalised_delta, direction, lambda T: -0.5 * direction(T), key),
+            "selective_scan": selective, "diagonal": channels(jnp.float32), "complex": channels(jnp.complex64)}
 
 
 def measure(name: str, length: int) -> list[dict]:
