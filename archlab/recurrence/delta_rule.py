@@ -11,10 +11,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from archlab.layers.contract import Tokens
+from archlab.recurrence.chunks import chunk_by_chunk
 from archlab.recurrence.forms import Chunked, Form, select
 from archlab.recurrence.kernels.delta_rule import delta_rule_kernel
 from archlab.recurrence.kernels.matrix import fitting
-from archlab.recurrence.memory import MemoryState, chunk_by_chunk, dot, per_head, remember, step_by_step
+from archlab.recurrence.memory import MemoryState, dot, per_head, remember, step_by_step
 from archlab.recurrence.triangular import unit_inverse
 
 

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from archlab.layers.contract import Tokens
+from archlab.recurrence.chunks import chunk_by_chunk
 from archlab.recurrence.forms import Chunked, Form, select
 from archlab.recurrence.kernels.generalised_delta import generalised_delta_kernel
 from archlab.recurrence.kernels.matrix import fitting
-from archlab.recurrence.memory import MemoryState, chunk_by_chunk, dot, remember, step_by_step
+from archlab.recurrence.memory import MemoryState, dot, remember, step_by_step
 from archlab.recurrence.triangular import unit_inverse
 
 # How far a channel may decay within a chunk that is computed at once, as a logarithm: its factors reach exp(+-64), and

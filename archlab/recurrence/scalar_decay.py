@@ -10,11 +10,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from archlab.layers.contract import Tokens
+from archlab.recurrence.chunks import chunk_by_chunk, decays
 from archlab.recurrence.forms import Chunked, Form, select
 from archlab.recurrence.kernels.matrix import fitting
 from archlab.recurrence.kernels.scalar_decay import scalar_decay_kernel
-from archlab.recurrence.memory import (MemoryState, chunk_by_chunk, decays, dot, per_head, remember,
-                                       step_by_step)
+from archlab.recurrence.memory import MemoryState, dot, per_head, remember, step_by_step
 
 
 def scalar_decay(q: Float[Array, "B G T N"], k: Float[Array, "B G T N"], v: Float[Array, "B H T P"],

@@ -24,8 +24,8 @@ from tests.helpers import tokens_of
 KERNELS = {
     "scalar_decay": (scalar_decay.sequential, scalar_decay_kernel, "BGTN BGTN BHTP BHT", "BHNP"),
     "channel_decay": (channel_decay.sequential, of_channels.channel_decay_kernel, "BHTN BHTN BHTP BHTN", "BHNP"),
-    "before": (functools.partial(channel_decay.sequential, before=True),
-               functools.partial(of_channels.channel_decay_kernel, before=True), "BHTN BHTN BHTP BHTN", "BHNP"),
+    "read_first": (functools.partial(channel_decay.sequential, read_first=True),
+               functools.partial(of_channels.channel_decay_kernel, read_first=True), "BHTN BHTN BHTP BHTN", "BHNP"),
     "delta_rule": (delta_rule.sequential, delta_rule_kernel, "BGTN BGTN BHTP BHT BHT", "BHNP"),
     "generalised_delta": (generalised_delta.sequential, generalised_delta_kernel, "BHTN BHTN BHTP BHTN BHTN BHTN",
                           "BHNP"),

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from archlab.recurrence.channel_decay import channel_decay
+from archlab.recurrence.chunks import chunk_length
 from archlab.recurrence.forms import Associative, Chunked, Sequential
-from archlab.recurrence.memory import MemoryState, chunk_length
+from archlab.recurrence.memory import MemoryState
 from archlab.recurrence.scalar_decay import scalar_decay
 from tests.helpers import tokens_of
 

@@ -7,23 +7,23 @@ import jax.numpy as jnp
 from archlab.recurrence.kernels.matrix import column, dot, forgetting, places, through_chunks
 
 
-def channel_decay_kernel(q, k, v, g, starts, S, before: bool = False, *, size: int = 64, platform: str | None = None,
-                         interpret: bool = False):
+def channel_decay_kernel(q, k, v, g, starts, S, read_first: bool = False, *, size: int = 64,
+                         platform: str | None = None, interpret: bool = False):
     """`sequential` of channel_decay.py as a kernel, forward and backward. size, platform: as in `through_chunks`."""
-    if before:
+    if read_first:
         q = jnp.where(starts[:, None, :, None], 0, q)  # the state before a document's first token is empty
     arrays = [q, k, v, forgetting(g, starts)]
-    return through_chunks(rule_before if before else rule, arrays, S, size, platform, interpret)
+    return through_chunks(rule_read_first if read_first else rule, arrays, S, size, platform, interpret)
 
 
-def rule(S, q, k, v, g, before: bool = False):
-    """One chunk: q, k, g [t, N], v [t, P]. before: read the state that a step finds, not the one it leaves."""
+def rule(S, q, k, v, g, read_first: bool = False):
+    """One chunk: q, k, g [t, N], v [t, P]. read_first: y is of the state that a step finds, not of that it leaves."""
     levels = spans(g)
-    y = dot(q * levels[-1][not before], S) + dot(scores(q, k, levels, before), v)
+    y = dot(q * levels[-1][not read_first], S) + dot(scores(q, k, levels, read_first), v)
     return written(S, k, v, levels, g), y
 
 
-rule_before = functools.partial(rule, before=True)
+rule_read_first = functools.partial(rule, read_first=True)
 
 
 def spans(g):
@@ -46,14 +46,14 @@ def spans(g):
     return [level(bits) for bits in range((len(g) - 1).bit_length() + 1)]
 
 
-def scores(q, k, levels, before: bool):
-    """[t, s]: q_t . k_s, each channel decayed over the steps s + 1 to t, or, `before`, to t - 1; 0 where s > t, and
-    there at t too."""
+def scores(q, k, levels, read_first: bool):
+    """[t, s]: q_t . k_s, each channel decayed over the steps s + 1 to t, or, if `read_first`, to t - 1; 0 where s > t,
+    and there at t too."""
     t, s = places(len(q))
-    out = 0 if before else jnp.where(t == s, (q * k).sum(1, keepdims=True), 0)
+    out = jnp.zeros(t.shape, q.dtype) if read_first else jnp.where(t == s, (q * k).sum(1, keepdims=True), 0)
     for bits, (to, through, rest) in enumerate(levels[:-1]):
         across = ((t >> bits) == (s >> bits) + 1) & (((t >> bits) & 1) == 1)
-        out = out + jnp.where(across, dot(q * (to if before else through), k * rest, "nt"), 0)
+        out = out + jnp.where(across, dot(q * (to if read_first else through), k * rest, "nt"), 0)
     return out
 
 

@@ -64,7 +64,7 @@ def _run(a, b, h, options, reverse):
         return [jax.lax.fori_loop(0, size, step, carry[0])]
 
     widths = (LANES,) if on_gpu(platform) else (4 * LANES, 2 * LANES, LANES)
-    heads = channels // next(width for width in widths if channels % width == 0)
+    programs = channels // next(width for width in widths if channels % width == 0)
     (last,), (out,) = sweep(body, "B1F BCtF BCtF BCtF", [h], [a, b], [jax.ShapeDtypeStruct(b.shape, b.dtype)],
-                            heads=heads, reverse=reverse, platform=platform, interpret=interpret)
+                            programs=programs, reverse=reverse, platform=platform, interpret=interpret)
     return out.reshape(rows, length, channels), last

@@ -12,11 +12,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from archlab.recurrence.chunks import LEAST
 from archlab.recurrence.forms import Kernel
 from archlab.recurrence.kernels.sweep import on_gpu, on_tpu, sweep
 
 TILE = 32  # columns of a state that a GPU's program takes
-LEAST = -1e4  # of logarithms of decays: exp of it is 0, and it may be multiplied by 0 where -inf may not
 
 
 def fitting(S: jax.Array, length: int, platform: str | None = None, most: int = 256) -> Kernel | None:
@@ -81,7 +81,7 @@ def _forward(rule, where, S, *arrays):
 def _sweep(rule, where, S, arrays, keep):
     """y and the last state; and, where they are kept, the states before each chunk."""
     batch, heads, N, P = S.shape
-    chunks, size = arrays[0].shape[2], arrays[0].shape[-2] if arrays[0].shape[-2] > 1 else arrays[0].shape[-1]
+    chunks, size = arrays[0].shape[2:4]
 
     def body(c, carry, *refs):
         (S,), blocks, outs = carry, refs[:len(arrays)], refs[len(arrays):]
@@ -93,7 +93,7 @@ def _sweep(rule, where, S, arrays, keep):
     shapes = [(size, P), (N, P)] if keep else [(size, P)]
     outs = [jax.ShapeDtypeStruct((batch, heads, chunks, *shape), S.dtype) for shape in shapes]
     letters = " ".join(["BHnp", *["BHCtn"] * (len(arrays) + len(outs))])
-    (last,), outs = sweep(body, letters, [S], list(arrays), outs, heads=heads, platform=where[0], interpret=where[1])
+    (last,), outs = sweep(body, letters, [S], list(arrays), outs, programs=heads, platform=where[0], interpret=where[1])
     return outs[0], last, *outs[1:]
 
 
@@ -112,7 +112,7 @@ def _backward(rule, where, kept, gradients):
 
     outs = [jax.ShapeDtypeStruct((a.shape[0], heads, *a.shape[2:]), a.dtype) for a in arrays]
     letters = " ".join(["BHnp", *["BHCtn"] * (2 + 2 * len(arrays))])
-    (dS,), grads = sweep(body, letters, [dS], [dy, firsts, *arrays], outs, heads=heads, reverse=True,
+    (dS,), grads = sweep(body, letters, [dS], [dy, firsts, *arrays], outs, programs=heads, reverse=True,
                          platform=where[0], interpret=where[1])
     group = lambda g, a: g.reshape(*a.shape[:2], -1, *a.shape[2:]).sum(2)  # over the heads that share a block
     return dS, *map(group, grads, arrays)

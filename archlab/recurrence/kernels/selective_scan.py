@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+from archlab.recurrence.chunks import LEAST
 from archlab.recurrence.kernels.sweep import on_gpu, on_tpu, sweep
 
-FORGET = -1e4  # exponent at a document's first token: its exponential is 0
 LANES = 128  # channels of a TPU's register
 
 
@@ -35,7 +35,7 @@ def selective_scan_kernel(x, dt, A, B, C, starts, h, *, size: int = 16, platform
     wide, time = [(0, -channels % LANES)], [(0, -length % size)]
     step = lambda a: jnp.pad(a, [(0, 0), *time, *wide]).reshape(len(a), -1, size, channels + wide[0][1])
     thin = lambda a: jnp.swapaxes(jnp.pad(a, [(0, 0), *time, (0, 0)]).reshape(len(a), -1, size, a.shape[-1]), 2, 3)
-    forget = thin(jnp.where(starts, FORGET, 0).astype(h.dtype)[:, :, None])
+    forget = thin(jnp.where(starts, LEAST, 0).astype(h.dtype)[:, :, None])
     h = jnp.pad(jnp.swapaxes(h, 1, 2), [(0, 0), (0, 0), *wide])
     y, h = _scan((size, platform, interpret), h, jnp.pad(A.T, [(0, 0), *wide]), step(dt), step(dt * x), thin(B),
                  thin(C), forget)
@@ -77,7 +77,7 @@ def _sweep(options, h, A, dt, u, B, C, forget, keep):
     outs = [jax.ShapeDtypeStruct(dt.shape, h.dtype), jax.ShapeDtypeStruct((rows, chunks, *h.shape[1:]), h.dtype)]
     letters = "BnF nF BCtF BCtF BCnt BCnt BCnt BCtF" + " BCnF" * keep
     (last,), outs = sweep(body, letters, [h], [A, dt, u, B, C, forget], outs[:1 + keep],
-                          heads=_blocks(h.shape[-1], platform), platform=platform, interpret=interpret)
+                          programs=_blocks(h.shape[-1], platform), platform=platform, interpret=interpret)
     return outs[0], last, *outs[1:]
 
 
@@ -86,7 +86,7 @@ def _backward(options, kept, gradients):
     firsts, (A, dt, u, B, C, forget) = kept
     dy, g = gradients
     rows, chunks, N, F = firsts.shape
-    heads = _blocks(F, platform)
+    programs = _blocks(F, platform)
 
     def body(c, carry, A, first, dt, u, B, C, forget, dy, ddt, du, dB, dC, states):
         A, B, C, forget = A[...], B[c], C[c], forget[c]
@@ -118,12 +118,12 @@ def _backward(options, kept, gradients):
     # On a GPU `states` lie in its memory, and one thread may read what another has written.
     wait = triton.debug_barrier if on_gpu(platform) and not interpret else lambda: None
 
-    steps, maps = dt.shape, (rows, heads, *B.shape[1:])
+    steps, maps = dt.shape, (rows, programs, *B.shape[1:])
     shapes = [steps, steps, maps, maps, (rows, size, N, F)]  # the last: the states of the chunk at hand
     (g, dA), (ddt, du, dB, dC, _) = sweep(
         body, "BnF BnF nF BCnF BCtF BCtF BCnt BCnt BCnt BCtF BCtF BCtF BHCnt BHCnt BtnF", [g, jnp.zeros_like(g)],
-        [A, firsts, dt, u, B, C, forget, dy], [jax.ShapeDtypeStruct(shape, g.dtype) for shape in shapes], heads=heads,
-        reverse=True, platform=platform, interpret=interpret)
+        [A, firsts, dt, u, B, C, forget, dy], [jax.ShapeDtypeStruct(shape, g.dtype) for shape in shapes],
+        programs=programs, reverse=True, platform=platform, interpret=interpret)
     return g, dA.sum(0), ddt, du, dB.sum(1), dC.sum(1), jnp.zeros_like(forget)
 
 

@@ -25,13 +25,14 @@ def on_gpu(platform: str | None) -> bool:
     return (platform or jax.default_backend()) == "gpu"
 
 
-def sweep(body: Callable, letters: str, carry: list[jax.Array], arrays: list[jax.Array], outs: list, *, heads: int,
-          reverse: bool = False, platform: str | None = None, interpret: bool = False):
+def sweep(body: Callable, letters: str, carry: list[jax.Array], arrays: list[jax.Array], outs: list, *,
+          programs: int, reverse: bool = False, platform: str | None = None, interpret: bool = False):
     """`carry = body(c, carry, *refs)` for every chunk, in order or reverse; refs are those of `arrays`, then of `outs`.
 
-    letters: one word for each of carry, arrays and outs, one letter for each dimension. B: rows, one a program. H:
-      heads, or fewer groups of them, one a program. F: channels, of which each of `heads` programs takes its share.
-      C: chunks, at `ref[c]`. Every other letter: the whole dimension. B and H are gone from the refs.
+    letters: one word for each of carry, arrays and outs, one letter for each dimension. B: rows. H: heads,
+      one a program, or fewer groups of them. F: channels, of which each program takes its share. C: chunks, at
+      `ref[c]`. Every other letter: the whole dimension. B and H are gone from the refs.
+    programs: how many work on a row, side by side: one a head, or one a block of channels.
     outs: shapes and dtypes of the results. platform: "tpu" or "gpu"; None for the one in use.
     Returns: the carries after the last chunk, and the results.
     """
@@ -43,9 +44,9 @@ def sweep(body: Callable, letters: str, carry: list[jax.Array], arrays: list[jax
     n, m = len(carry), len(carry) + len(arrays)
 
     def spec(word, shape):
-        block = {"B": lambda size: None, "H": lambda size: None, "F": lambda size: size // heads,
+        block = {"B": lambda size: None, "H": lambda size: None, "F": lambda size: size // programs,
                  "C": lambda size: 1 if tpu else size}
-        place = {"B": lambda size, b, h, c: b, "H": lambda size, b, h, c: jax.lax.div(h, np.int32(heads // size)),
+        place = {"B": lambda size, b, h, c: b, "H": lambda size, b, h, c: jax.lax.div(h, np.int32(programs // size)),
                  "F": lambda size, b, h, c: h, "C": lambda size, b, h, c: order(c) if tpu else 0}
 
         def index(b, h, c=0):
@@ -78,9 +79,9 @@ def sweep(body: Callable, letters: str, carry: list[jax.Array], arrays: list[jax
                              interpret=interpret)
     if tpu:
         parameters = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"))
-        call = call(in_grid, grid=(batch, heads, chunks), compiler_params=parameters)
+        call = call(in_grid, grid=(batch, programs, chunks), compiler_params=parameters)
     else:
-        call = call(in_loop, grid=(batch, heads), compiler_params=triton.CompilerParams(num_stages=1))
+        call = call(in_loop, grid=(batch, programs), compiler_params=triton.CompilerParams(num_stages=1))
     # Products of float32 as such: tensor cores do them in three parts, where plain ones would do without these cores.
     with jax.default_matmul_precision("highest" if tpu or interpret else "TF32_TF32_F32_X3"):
         results = call(*carry, *arrays)
