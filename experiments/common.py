@@ -51,7 +51,7 @@ def load_checkpoint(folder: str, **how):
     import archlab
 
     for path in flags.FLAGS.code:
-        _run_file(Path(path))
+        run_file(Path(path))
     return archlab.load(folder, **how)
 
 
@@ -70,8 +70,29 @@ def model_config(model: str, changes: list[str], dtype: str | None = None) -> La
         path, equals, value = change.partition("=")
         if not equals:
             raise ValueError(f"--set {change!r}: it must be path=value, as in body.n=4")
-        config = config.set(path, value)
+        try:
+            config = config.set(path, value)
+        except ValueError as error:  # its traceback leads to the line of a file of one's own
+            raise ValueError(f"--set {change} of {model}: {error}").with_traceback(error.__traceback__) from None
     return config.set("dtype", dtype) if dtype else config
+
+
+def name_of(model: str) -> str:
+    """What a model is called in tables: a file goes by its name without folder and `.py`."""
+    return Path(model).stem if model.endswith(".py") else model
+
+
+def named(models: list[str], known) -> dict[str, str]:
+    """{name: model}. ValueError where two have one name, or a file has that of a `known` model."""
+    found = {}
+    for model in models:
+        name = name_of(model)
+        if name in found:
+            raise ValueError(f"--models has {found[name]} and {model}, both named {name}: give each a name of its own")
+        if name != model and name in known:
+            raise ValueError(f"{model} has the name of the known model {name}: rename the file")
+        found[name] = model
+    return found
 
 
 def run(main: Callable[[], None]) -> None:
@@ -129,7 +150,7 @@ def code_flag(model: str) -> str:
 
 
 def _config_of_file(path: Path) -> LanguageModel:
-    module = _run_file(path)
+    module = run_file(path)
     config = getattr(module, "CONFIG", None)
     if not isinstance(config, LanguageModel):
         zoo = "; it has CONFIGS: in archlab/zoo/ its models go by their names" if hasattr(module, "CONFIGS") else ""
@@ -155,7 +176,8 @@ def _check_state(config: LanguageModel) -> None:
                              "call: they must be the same (a layer that remembers defines init_state)")
 
 
-def _run_file(path: Path):
+def run_file(path: Path):
+    """The module of a Python file of the user's; errors in it are told with their line."""
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
     _own_files.add(str(path))
