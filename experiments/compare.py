@@ -6,7 +6,8 @@ Leaves under --out: results.csv (a row per architecture), runs.csv (a row per tr
 network), figures as PNG, and each run's folder with metrics and checkpoints. Called again it does only what is missing.
 
 --data=task:NAME takes a synthetic task (docs/tasks.md) for a text: figures are then bits per answer and the accuracy of
-the likeliest answer, on scored tokens only, and never bits per byte. experiments.tasks compares mixers alone.
+the likeliest answer, on scored tokens only, and never bits per byte, and each model's vocabulary is the task's.
+experiments.tasks compares mixers alone.
 
 --match=flops (the default): equal training FLOPs, so the numbers of tokens differ; all read one order of the data from
 its start. --match=params: widths are changed until active parameters without embeddings agree within 3%, and all read
@@ -17,6 +18,7 @@ Expected: docs/comparison.md. Cost on four CPU cores: --preset=quick 4 to 5 minu
 
 import json
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -119,6 +121,7 @@ def main() -> None:
     from archlab.training.objectives import objective
     from archlab.training.optimizers import Optimizer
     from archlab.training.saving import load
+    from archlab.zoo import list_models
 
     preset = PRESETS[FLAGS.preset]
     given = lambda name: preset[name] if getattr(FLAGS, name) is None else getattr(FLAGS, name)
@@ -128,8 +131,9 @@ def main() -> None:
             raise ValueError(f"--{name} = {value}: must be positive")
     corpus = load_corpus(FLAGS.data)
     tokenizer = tokenizer_from(FLAGS.tokenizer, corpus)
-    files = {Path(model).stem if model.endswith(".py") else model: model for model in FLAGS.models}
-    configs = {name: common.model_config(model, FLAGS.set) for name, model in files.items()}
+    files = common.named(FLAGS.models, list_models())
+    changes = FLAGS.set if isinstance(corpus, Corpus) else [f"vocab={corpus.vocab}", *FLAGS.set]
+    configs = {name: common.model_config(model, changes) for name, model in files.items()}
     for name, config in configs.items():
         if (kind := objective(config)) != "next token":
             raise ValueError(f"{name} is trained on the {kind}: its loss cannot stand beside that of the next token")
@@ -145,14 +149,13 @@ def main() -> None:
     profiles = {name: profile(config, context) for name, config in configs.items()}
     cost = {name: accounts.training.total for name, accounts in profiles.items()}
     tokens = FLAGS.tokens or budget / cost[next(iter(cost))]
+    spend = {name: budget / cost[name] if FLAGS.match == "flops" else tokens for name in configs}
+    steps = {name: round(spend[name] / (FLAGS.batch * context)) for name in configs}
+    least = 2 * FLAGS.batch * context
+    _check_steps(steps, f"--flops={least * max(cost.values()):.2g}" if FLAGS.match == "flops" else f"--tokens={least}")
 
     def run(name: str, rate: float, seed: int) -> Run:
-        spend = budget / cost[name] if FLAGS.match == "flops" else tokens
-        steps = round(spend / (FLAGS.batch * context))
-        if steps < 2:
-            raise ValueError(f"{name}: the budget buys {steps} steps of {FLAGS.batch * context} tokens; "
-                             "it must buy at least 2")
-        return Run(configs[name], steps, FLAGS.batch, context, FLAGS.data, FLAGS.tokenizer, seed,
+        return Run(configs[name], steps[name], FLAGS.batch, context, FLAGS.data, FLAGS.tokenizer, seed,
                    optimizer=Optimizer(learning_rate=rate))
 
     rates = {name: [LEARNING_RATES.get(name, 3e-3) * 3.0 ** (i - (trials - 1) / 2) for i in range(trials)]
@@ -182,9 +185,22 @@ def main() -> None:
         "device": jax.devices()[0].device_kind})
     print("\n" + comparison.as_text(table))
     winner = min(table, key=lambda row: row[measure.key])["model"]
-    print(f"\npictures: {page}\nfigures: {out / 'results.csv'}\n"
-          f"next: python -m experiments.generate --checkpoint={rows[winner][0]['folder']}"
-          f"{common.code_flag(files[winner])} --prompt='{'def ' if measure is comparison.TEXT else '0 1'}'")
+    print(f"\npictures: {page}\nfigures: {out / 'results.csv'}")
+    if measure is comparison.TEXT:  # a task's answers need not be its next tokens: there is nothing to write on
+        print(f"next: python -m experiments.generate --checkpoint={rows[winner][0]['folder']}"
+              f"{common.code_flag(files[winner])} --prompt='def '")
+
+
+def _check_steps(steps: dict[str, int], least: str) -> None:
+    """ValueError where a model gets fewer than 2 steps; a warning where one gets more than 10 times another's. least:
+    the flag that would give 2 to every model."""
+    fewest, most = min(steps, key=steps.get), max(steps, key=steps.get)
+    if steps[fewest] < 2:
+        raise ValueError(f"{fewest}: the budget buys {steps[fewest]} step{'s' if steps[fewest] == 0 else ''}; every "
+                         f"model needs at least 2, for which {least} is enough")
+    if steps[most] > 10 * steps[fewest]:
+        print(f"warning: {most} gets {steps[most]} steps and {fewest} only {steps[fewest]}: equal FLOPs compare these "
+              "two at very different amounts of training; --match=params gives all the same", file=sys.stderr)
 
 
 if __name__ == "__main__":

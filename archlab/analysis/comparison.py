@@ -74,12 +74,14 @@ def as_text(table: Sequence[dict]) -> str:
     from rich.table import Table
 
     shown, measure = Table(box=None, pad_edge=False, header_style="bold"), measure_of(table)
-    for i, column in enumerate(("model", measure.short, "spread", "parameters", "active", "tokens", "seconds",
-                                "train tok/s", "decode tok/s", "state at 4k")):
+    accuracy = ("accuracy",) if measure is TASK else ()
+    for i, column in enumerate(("model", *accuracy, measure.short, "spread", "parameters", "active", "tokens",
+                                "seconds", "train tok/s", "decode tok/s", "state at 4k")):
         shown.add_column(column, justify="right" if i else "left")
     for row in sorted(table, key=lambda row: row[measure.key]):
         spread = "" if row["spread"] is None else f"±{row['spread']:.3f}"
-        shown.add_row(row["model"], f"{row[measure.key]:.3f}", spread, short(row["parameters_total"]),
+        accuracy = (f"{row['validation_accuracy']:.3f}",) if measure is TASK else ()
+        shown.add_row(row["model"], *accuracy, f"{row[measure.key]:.3f}", spread, short(row["parameters_total"]),
                       short(row["parameters_active"]), short(row["tokens"]), f"{row['training_seconds']:.0f}",
                       short(row["train_tokens_per_second"]), f"{row['decode_tokens_per_second']:.0f}",
                       short(row["state_bytes_4k"]) + "B")

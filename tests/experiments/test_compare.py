@@ -86,7 +86,13 @@ def test_finished_runs_are_skipped(out):
 
 @pytest.mark.parametrize("flags, words", [
     (["--models=transfomer-nano"], "did you mean transformer-nano"),
-    (["--models=transformer-nano", "--flops=1"], "buys 0 steps"),
+    (["--models=transformer-nano", "--flops=1"], "buys 0 steps; every model needs at least 2, for which --flops="),
+    (["--models=transformer-nano", "--match=params", "--tokens=65"],
+     "buys 1 step; every model needs at least 2, for which --tokens=128"),
+    (["--models=a/x.py,b/x.py"], "--models has a/x.py and b/x.py, both named x"),
+    (["--models=a/mamba-nano.py"], "a/mamba-nano.py has the name of the known model mamba-nano"),
+    (["--models=transformer-nano,mamba-nano", "--set=body.unit.layers.0.layer.heads=2"],
+     "--set body.unit.layers.0.layer.heads=2 of mamba-nano: Residual has no field 'layers'"),
     (["--models=transformer-nano,bert-nano"], "bert-nano is trained on the masked tokens"),
     (["--models=transformer-nano", "--data=stdlb"], "stdlib"),
     (["--models=transformer-nano", "--seeds=0"], "--seeds = 0"),
@@ -110,6 +116,28 @@ def test_equal_parameters_and_equal_trials(tmp_path):
         assert row["learning_rate"] == min(tried, key=tried.get)
     sizes = [int(row["parameters_active"]) - int(row["parameters_embedding"]) for row in rows]
     assert abs(sizes[0] / sizes[1] - 1) <= 0.03 and rows[0]["tokens"] == rows[1]["tokens"]
+
+
+def test_a_task(tmp_path):
+    """Models get the task's symbols, the accuracy is told, and so is that one trained far longer than the other."""
+    own = tmp_path / "little.py"
+    own.write_text("from archlab.zoo.min_gru import min_gru\nCONFIG = min_gru(width=2, depth=1)\n")
+    flags = [f"--models=transformer-nano,{own}", "--data=task:mqar-tiny", "--seeds=1", "--flops=5e7"]
+    done = compare(tmp_path / "out", *flags)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = {row["model"]: row for row in read(tmp_path / "out" / "results.csv")}
+    assert int(rows["transformer-nano"]["parameters_total"]) == archlab.profile(
+        archlab.get_config("transformer-nano", vocab=64), context=32).parameters.total
+    table = done.stdout.split("\n\n")[-2].splitlines()
+    assert table[0].split()[:4] == ["model", "accuracy", "bits/answer", "spread"]
+    for line in table[1:]:
+        name, accuracy, bits = line.split()[:3]
+        assert accuracy == f"{float(rows[name]['validation_accuracy']):.3f}"
+        assert bits == f"{float(rows[name]['validation_bits_per_answer']):.3f}"
+    steps = {name: int(row["tokens"]) // 64 for name, row in rows.items()}
+    assert steps["little"] > 10 * steps["transformer-nano"]
+    assert f"warning: little gets {steps['little']} steps" in done.stderr
+    assert "next:" not in done.stdout
 
 
 def test_verdict_says_what_may_be_said():
