@@ -4,6 +4,10 @@ A mixer stands where attention stands in a Transformer: `Repeat(Sequence(Residua
 without the MLP where a task's published setting has none. So whatever two models differ in is the mixer.
 """
 
+import functools
+import hashlib
+from pathlib import Path
+
 import jax.numpy as jnp
 from flax import nnx
 
@@ -41,6 +45,7 @@ from archlab.recurrence.s4 import S4
 from archlab.recurrence.s4d import S4D
 from archlab.recurrence.s5 import S5
 from archlab.recurrence.slstm import SLSTM
+from experiments import common
 
 LONGEST = 16384  # tokens, for the one mixer that must know
 
@@ -85,15 +90,42 @@ def mixers(width: int, longest: int = LONGEST) -> dict[str, LayerConfig]:
     }
 
 
+def own_mixer(file: str, width: int) -> LayerConfig:
+    """The mixer of a Python file of one's own: its `mixer(width)`, or its `MIXER`, the same at every width. ValueError
+    where that is no layer config, or one that sees later tokens: in many tasks these are the answers."""
+    module = _own(file)[0]
+    found = module.mixer(width) if callable(getattr(module, "mixer", None)) else getattr(module, "MIXER", None)
+    if not isinstance(found, LayerConfig):
+        raise ValueError(f"{file} must define MIXER, a layer config, or mixer(width), which returns one")
+    if not found.causal:
+        raise ValueError(f"{file}: {found} is not causal, and could read answers off the later tokens")
+    return found
+
+
+def own_code(mixer: str) -> list[str]:
+    """What tells a file of one's own from what it was before a change; nothing for a named mixer."""
+    return [_own(mixer)[1]] if mixer.endswith(".py") else []
+
+
+@functools.cache
+def _own(file: str):
+    """(module, SHA-256): a file is run once."""
+    module = common.run_file(Path(file))
+    return module, hashlib.sha256(Path(file).read_bytes()).hexdigest()
+
+
 def task_model(mixer: str, task: Task, width: int, depth: int, mlp: bool = True) -> LanguageModel:
-    """The network of a mixer for a task. mlp: a gated MLP of twice the width behind each mixer.
+    """The network of a mixer, by name or a Python file (`own_mixer`), for a task. mlp: a gated MLP of twice the width
+    behind each mixer.
 
     ValueError for an unknown mixer, and where it cannot stand in a stream of this width.
     """
     known = mixers(width, max(test.context for test in (task, *task.tests().values())))
-    if mixer not in known:
-        raise ValueError(f"no mixer named {mixer!r}; {near(mixer, list(known))}")
-    block = Sequence(Residual(known[mixer]), Residual(SwiGLU(2 * width))) if mlp else Residual(known[mixer])
+    if mixer not in known and not mixer.endswith(".py"):
+        raise ValueError(f"no mixer named {mixer!r} (one of your own is a Python file, NAME.py, with MIXER or "
+                         f"mixer(width): docs/tasks.md); {near(mixer, list(known))}")
+    chosen = own_mixer(mixer, width) if mixer.endswith(".py") else known[mixer]
+    block = Sequence(Residual(chosen), Residual(SwiGLU(2 * width))) if mlp else Residual(chosen)
     layers: list[LayerConfig] = [Repeat(block, depth)]
     before = {"attention-absolute": SinusoidalPositions(scale=width**-0.5), "hgrn2": LowerBounds()}
     if mixer in before:

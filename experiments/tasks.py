@@ -71,7 +71,8 @@ ROWS, TOKENS = 512, 2**17  # rows of validation, and of a test unless that has m
 
 FLAGS = flags.FLAGS
 flags.DEFINE_enum("preset", "cpu", list(PRESETS), "smoke: does it run? cpu: what tells families apart.")
-flags.DEFINE_list("models", None, "Mixers (experiments/mixers.py). The preset's by default; `all` for every one.")
+flags.DEFINE_list("models", None, "Mixers (experiments/mixers.py), or Python files of yours with a MIXER or\n"
+                  "mixer(width). The preset's by default; `all` for every one that has a name.")
 flags.DEFINE_list("tasks", None, "Names of tasks (docs/tasks.md). The preset's by default.")
 flags.DEFINE_list("rates", None, "Learning rates that every model tries. The preset's by default.")
 flags.DEFINE_integer("seeds", None, "Runs at the best rate. The preset's by default.")
@@ -149,7 +150,7 @@ def main() -> None:
 def _cells(models: list[str], tasks: dict, steps: int | None, widths: list[str] | None) -> list[Cell]:
     from experiments.mixers import mixers, task_model
 
-    names = list(mixers(64)) if models == ["all"] else models
+    names = list(mixers(64)) if models == ["all"] else list(common.named(models, mixers(64)).values())
     cells = []
     for task in tasks:  # all models of a task before the next task
         setting = SETTINGS.get(task, Setting())
@@ -252,20 +253,21 @@ def _run(cell: Cell, task, trials, rate: float, seed: int, place: str) -> dict:
     tests = {label: trials.test(trial.params, trial.rest, test, rows(test)).accuracy
              for label, test in task.tests().items()}
     config = trials.model
-    return {"model": cell.mixer, "task": cell.task, "width": cell.width, "seed": seed, "learning_rate": rate,
-            "steps": trial.steps, "batch": cell.setting.batch, "parameters": count_parameters(config).total,
-            "state_bytes": state_bytes(config, task.context), "validation_accuracy": trial.validation.accuracy,
+    return {"model": common.name_of(cell.mixer), "task": cell.task, "width": cell.width, "seed": seed,
+            "learning_rate": rate, "steps": trial.steps, "batch": cell.setting.batch,
+            "parameters": count_parameters(config).total, "state_bytes": state_bytes(config, task.context),
+            "validation_accuracy": trial.validation.accuracy,
             "validation_loss": trial.validation.loss if not trial.diverged else 1e9,
             "validation_exact": trial.validation.exact, "diverged": trial.diverged,
             "seconds": round(trial.seconds, 1), "tests": tests}
 
 
 def _digest(cell: Cell, task, rate: float) -> str:
-    """What a run was, its seed apart: changed settings are runs of their own."""
-    from experiments.mixers import task_model
+    """What a run was, its seed apart: changed settings, or a changed file of one's own, are runs of their own."""
+    from experiments.mixers import own_code, task_model
 
     model = task_model(cell.mixer, task, cell.width, cell.setting.depth, cell.setting.mlp)
-    text = "\n".join([model.to_json(), task.to_json(), cell.to_json(), f"{rate:.6g}"])
+    text = "\n".join([model.to_json(), task.to_json(), cell.to_json(), f"{rate:.6g}", *own_code(cell.mixer)])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

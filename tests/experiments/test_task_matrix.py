@@ -13,7 +13,7 @@ from archlab.analysis import task_page
 from archlab.data.tasks import MQAR, Compression, Needle, Parity
 from archlab.training.accuracy import scaled
 from archlab.training.trials import Trials
-from experiments.mixers import mixers, task_model
+from experiments.mixers import mixers, own_code, task_model
 
 ROOT = Path(__file__).parent.parent.parent
 FLAGS = ["--preset=smoke", "--models=attention,min-gru", "--tasks=parity-tiny,mqar-tiny", "--widths=16", "--steps=3",
@@ -79,11 +79,48 @@ def test_only_what_is_missing_is_run(out):
 
 @pytest.mark.parametrize("flags, words", [
     (["--models=atention"], "did you mean attention"), (["--rates=fast"], "--rates = fast"),
+    (["--models=nothing"], "one of your own is a Python file"), (["--models=own.py"], "there is no file own.py"),
+    (["--models=a/gla.py"], "a/gla.py has the name of the known model gla"),
     (["--part=2/2"], "--part = 2/2"), (["--widths=15", "--models=retention"], "heads"),
 ])
 def test_bad_input(tmp_path, flags, words):
     done = tasks(tmp_path, *flags)
     assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_a_mixer_of_ones_own(tmp_path):
+    """It is run beside the named; a changed file's runs are made anew, and those of named mixers are not."""
+    own, flags = tmp_path / "mine.py", ["--tasks=mqar-tiny", "--seeds=1"]
+    own.write_text("from archlab.recurrence.min_gru import MinGRU\ndef mixer(width): return MinGRU()\n")
+    first = tasks(tmp_path / "out", f"--models={own},min-gru", *flags)
+    assert first.returncode == 0, first.stderr
+    mine, named = read(tmp_path / "out" / "results.csv")
+    assert (mine["model"], named["model"]) == ("mine", "min-gru") and mine["tests"] == named["tests"]
+    own.write_text("from archlab.recurrence.rwkv4 import RWKV4\nMIXER = RWKV4()\n")
+    again = tasks(tmp_path / "out", f"--models={own},min-gru", *flags)
+    assert again.returncode == 0 and again.stderr.count("validation") == 1, again.stderr
+    digests = [row["digest"] for row in read(tmp_path / "out" / "results.csv")]
+    assert len(set(digests)) == 3 and digests[1] == named["digest"]
+    assert {row["model"] for row in read(tmp_path / "out" / "scores.csv")} == {"mine", "min-gru"}
+
+
+@pytest.mark.parametrize("code, words", [
+    ("MIXER = 3", "must define MIXER, a layer config, or mixer"),
+    ("def mixer(width): return width", "must define MIXER"),
+    ("from archlab.attention.attention import Attention\nMIXER = Attention(2, causal=False)", "not causal"),
+])
+def test_files_that_hold_no_mixer(tmp_path, code, words):
+    own = tmp_path / "mine.py"
+    own.write_text(code)
+    with pytest.raises(ValueError, match=words):
+        task_model(str(own), Parity(), 16, 1)
+
+
+def test_a_comment_changes_the_code(tmp_path):
+    code = "from archlab.recurrence.min_gru import MinGRU\nMIXER = MinGRU()\n"
+    (tmp_path / "a.py").write_text(code)
+    (tmp_path / "b.py").write_text(code + "# another thought\n")
+    assert own_code(str(tmp_path / "a.py")) != own_code(str(tmp_path / "b.py")) and own_code("min-gru") == []
 
 
 def test_rates_and_seeds_share_one_program():
