@@ -20,6 +20,7 @@ from archlab.recurrence.forms import Chunked, Form, select
 from archlab.recurrence.kernels.channel_decay import channel_decay_kernel
 from archlab.recurrence.kernels.matrix import fitting
 from archlab.recurrence.memory import MemoryState, dot, remember, step_by_step
+from archlab.recurrence.shapes import check_shapes
 
 
 def channel_decay(q: Float[Array, "B H T N"], k: Float[Array, "B H T N"], v: Float[Array, "B H T P"],
@@ -28,15 +29,18 @@ def channel_decay(q: Float[Array, "B H T N"], k: Float[Array, "B H T N"], v: Flo
     """The recurrence over a piece.
 
     Args: log_decay: g, not above 0; as strong as one likes; bonus: u; form: any but `Associative()`.
-    Returns: y [B, H, T, P] in the dtype of the state, and the state after the piece.
+    Returns: y [B, H, T, P] in the dtype of the state, and the state after the piece. ValueError for arguments that do
+      not fit together, and for `Kernel` where there is no GPU or TPU and it is not interpreted.
     """
-    form = form or fitting(state.matrix, v.shape[2]) or Chunked(16)
-    run = select(form, v.shape[2], sequential, chunked, channel_decay_kernel)
+    def choose(S, length):
+        run = select(form or fitting(S, length) or Chunked(16), length, sequential, chunked, channel_decay_kernel)
+        return run if bonus is None else functools.partial(run, read_first=True)
+
+    y, state = remember(choose, "BHTN BHTN BHTP BHTN", tokens, state, q=q, k=k, v=v, log_decay=log_decay)
     if bonus is None:
-        return remember(run, "BHTN", q, k, v, log_decay, tokens=tokens, state=state)
+        return y, state
     # Reading before the write is reading the state of the token before: what the token itself adds is known.
-    run = functools.partial(run, read_first=True)
-    y, state = remember(run, "BHTN", q, k, v, log_decay, tokens=tokens, state=state)
+    check_shapes("BHTN HN", q=q, bonus=bonus)
     own = (q * k).astype(y.dtype) * bonus[:, None, :].astype(y.dtype)
     return y + own.sum(-1, keepdims=True) * v.astype(y.dtype), state
 

@@ -26,11 +26,13 @@ def delta_rule(q: Float[Array, "B G T N"], k: Float[Array, "B G T N"], v: Float[
 
     Args: q, k: of each head, or of G groups of heads; beta: the share that is written; log_decay: g, not above 0;
       form: any but `Associative()`.
-    Returns: y [B, H, T, P] in the dtype of the state, and the state after the piece.
+    Returns: y [B, H, T, P] in the dtype of the state, and the state after the piece. ValueError for arguments that do
+      not fit together, and for `Kernel` where there is no GPU or TPU and it is not interpreted.
     """
-    form = form or fitting(state.matrix, v.shape[2]) or Chunked(32)
-    run = select(form, v.shape[2], sequential, chunked, delta_rule_kernel)
-    return remember(run, "BHT BHT", q, k, v, beta, log_decay, tokens=tokens, state=state)
+    def choose(S, length):
+        return select(form or fitting(S, length) or Chunked(32), length, sequential, chunked, delta_rule_kernel)
+
+    return remember(choose, "BGTN BGTN BHTP BHT BHT", tokens, state, q=q, k=k, v=v, beta=beta, log_decay=log_decay)
 
 
 def sequential(q, k, v, beta, g, starts, S):

@@ -19,8 +19,9 @@ from jaxtyping import Array, Inexact, Int
 
 from archlab.layers.contract import Tokens, document_starts, pytree
 from archlab.layers.sharding import per_shard
-from archlab.recurrence.forms import Associative, Chunked, Form, Kernel, Sequential
+from archlab.recurrence.forms import Associative, Chunked, Form, Kernel, Sequential, check_form
 from archlab.recurrence.kernels.diagonal import diagonal_kernel, fits
+from archlab.recurrence.shapes import check_shapes
 
 
 @pytree
@@ -44,8 +45,10 @@ def diagonal(a: Inexact[Array, "B T F"], b: Inexact[Array, "B T F"], tokens: Tok
     Args: a: decays, of size at most 1; b: what is added. Both are without effect at padding.
     Returns: h [B, T, F] in the dtype of the state, and the state after the piece.
 
-    Derivatives: reverse mode only, but for `Sequential()`. ValueError for `Kernel` and a complex state.
+    Derivatives: reverse mode only, but for `Sequential()`. ValueError for arguments that do not fit together, and for
+    `Kernel` where the state is complex, or where there is no GPU or TPU and it is not interpreted.
     """
+    check_shapes("BT BF BTF BTF", tokens=tokens.segments, state=getattr(state, "hidden", state), a=a, b=b)
     starts, last = document_starts(tokens.segments, state.segment)
     real = tokens.real[:, :, None]
     a = jnp.where(starts[:, :, None], 0, jnp.where(real, a, 1)).astype(state.hidden.dtype)
@@ -55,15 +58,16 @@ def diagonal(a: Inexact[Array, "B T F"], b: Inexact[Array, "B T F"], tokens: Tok
 
 
 def choose(form: Form | None, length: int, dtype):
-    """The function that computes a form. On a CPU, single steps in place beat every tree of products."""
+    """The function that computes a form. On a CPU, single steps in place beat every tree of products. ValueError as
+    `diagonal` says."""
     if form is None:
         form = Kernel(256) if fits(dtype) else Chunked(1) if jax.default_backend() == "cpu" else Associative()
+    real = not jnp.issubdtype(dtype, jnp.complexfloating)
+    check_form(form, f"{'real' if real else 'complex'} diagonal states", Sequential, Associative, Chunked,
+               *[Kernel] * real)
     if length == 1 or isinstance(form, Sequential):
         return sequential
     if isinstance(form, Kernel):
-        if jnp.issubdtype(dtype, jnp.complexfloating):
-            raise ValueError(f"form={form} is for real states; of a complex one, Associative() is the fastest on "
-                             "accelerators")
         return functools.partial(diagonal_kernel, size=form.size, interpret=form.interpret)
     return functools.partial(in_place, size=length if isinstance(form, Associative) else min(form.size, length))
 

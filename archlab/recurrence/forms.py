@@ -7,6 +7,8 @@ One token, a decode step, is always one step of the recurrence itself.
 import functools
 from collections.abc import Callable
 
+import jax
+
 from archlab.layers.config import Config, require
 
 
@@ -42,12 +44,24 @@ class Kernel(Form):
         require(self.size >= 1 and self.size & (self.size - 1) == 0, self, "size", "must be a power of 2")
 
 
+WRITTEN = {Sequential: "Sequential()", Associative: "Associative()", Chunked: "Chunked(size)", Kernel: "Kernel(size)"}
+
+
+def check_form(form: Form, what: str, *kinds: type[Form]) -> None:
+    """ValueError where `what` is not computed in this form, but in `kinds`; and for a kernel that nothing here runs."""
+    if not isinstance(form, kinds):
+        words = [WRITTEN[kind] for kind in kinds]
+        raise ValueError(f"form = {form}: {what} are computed by {', '.join(words[:-1])} or {words[-1]}")
+    if isinstance(form, Kernel) and not form.interpret and jax.default_backend() not in ("gpu", "tpu"):
+        raise ValueError(f"form = Kernel({form.size}): needs a GPU or TPU; "
+                         f"Kernel({form.size}, interpret=True) for tests")
+
+
 def select(form: Form, length: int, sequential: Callable, chunked: Callable, kernel: Callable) -> Callable:
     """Which of these computes a recurrence of matrix states over `length` tokens. ValueError for `Associative()`."""
+    check_form(form, "matrix states", Sequential, Chunked, Kernel)
     if isinstance(form, Sequential) or length == 1:
         return sequential
     if isinstance(form, Kernel):
         return functools.partial(kernel, size=form.size, interpret=form.interpret)
-    if isinstance(form, Chunked):
-        return functools.partial(chunked, size=form.size)
-    raise ValueError(f"form = {form}: matrix states are computed by Sequential(), Chunked(size) or Kernel(size)")
+    return functools.partial(chunked, size=form.size)

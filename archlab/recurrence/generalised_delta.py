@@ -33,11 +33,15 @@ def generalised_delta(q: Float[Array, "B H T N"], k: Float[Array, "B H T N"], v:
     Args: a: where the state is read for the correction; b: where it is written; log_decay: g, not above 0, as strong as
       one likes: but chunks in which a channel's sum is below -128 are computed step by step, which takes several times
       as long; form: any but `Associative()`.
-    Returns: y [B, H, T, P] in the dtype of the state, and the state after the piece.
+    Returns: y [B, H, T, P] in the dtype of the state, and the state after the piece. ValueError for arguments that do
+      not fit together, and for `Kernel` where there is no GPU or TPU and it is not interpreted.
     """
-    form = form or fitting(state.matrix, v.shape[2], most=128) or Chunked(32)
-    run = select(form, v.shape[2], sequential, chunked, generalised_delta_kernel)
-    return remember(run, "BHTN BHTN BHTN", q, k, v, a, b, log_decay, tokens=tokens, state=state)
+    def choose(S, length):
+        chosen = form or fitting(S, length, most=128) or Chunked(32)
+        return select(chosen, length, sequential, chunked, generalised_delta_kernel)
+
+    letters = "BHTN BHTN BHTP BHTN BHTN BHTN"
+    return remember(choose, letters, tokens, state, q=q, k=k, v=v, a=a, b=b, log_decay=log_decay)
 
 
 def sequential(q, k, v, a, b, g, starts, S):

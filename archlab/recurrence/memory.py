@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from archlab.layers.contract import Tokens, document_starts, pytree
 from archlab.layers.sharding import free_axes, per_shard
+from archlab.recurrence.shapes import check_shapes
 
 # HIGHEST, because the dots of GPUs and TPUs would round the state.
 dot = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
@@ -31,24 +32,32 @@ class MemoryState:
         return cls(jnp.zeros((batch, heads, keys, values), dtype), jnp.zeros((batch,), jnp.int32))
 
 
-def remember(run: Callable, letters: str, q: Float[Array, "B G T N"], k: Float[Array, "B G T N"],
-             v: Float[Array, "B H T P"], *rest: jax.Array, tokens: Tokens, state: MemoryState):
-    """`run(q, k, v, *rest, starts, S) -> (y, S)`, on every device's own rows and heads, in the dtype of the state.
+def remember(choose: Callable, letters: str, tokens: Tokens, state: MemoryState, **arrays: jax.Array):
+    """The door that every recurrence of matrix states goes through: `choose(S, length)` is what computes it over a
+    piece, `run(q, k, v, *others, starts, S) -> (y, S)`.
 
-    letters: of `rest`, which must be such that zeros leave the state as it is: they are set to 0 at padding, and so are
-      the keys. Head h reads and writes with the queries and keys of group h // (H / G).
+    What `run` gets fits together and is in the dtype of the state; it is told where documents start; keys and `others`
+    are 0 at padding, which must leave the state as it is; and it works on every device's own rows and heads.
+
+    Args: letters: a word for each of `arrays`, which are q, k and v, then `others`. q and k are of all heads (H), or of
+      groups of them (G): head h reads and writes with the queries and keys of group h // (H / G).
+    Returns: y [B, H, T, P], and the state after the piece. ValueError for arguments that do not fit together.
     """
+    check_shapes(f"BT BHNP {letters}", tokens=tokens.segments, state=getattr(state, "matrix", state), **arrays)
+    q, k, v, *others = arrays.values()
     G, H = q.shape[1], v.shape[1]
     if H % G:
         raise ValueError(f"{H} heads do not divide into {G} groups of queries and keys")
+    run = choose(state.matrix, v.shape[2])
     starts, last = document_starts(tokens.segments, state.segment)
     hide = lambda a: jnp.where(tokens.real.reshape(tokens.real.shape[0], 1, -1, *[1] * (a.ndim - 3)), a, 0)
-    k, *rest = (hide(a) if a.ndim > 2 else a for a in (k, *rest))
+    k, *others = map(hide, (k, *others))
     if 1 < G < H and G % free_axes(jax.sharding.get_abstract_mesh()).get("tensor", 1):
         q, k = (jnp.repeat(a, H // G, axis=1) for a in (q, k))  # groups that do not divide over devices
-    word = "BHTN" if q.shape[1] == H else "BGTN"
-    arrays = [a.astype(state.matrix.dtype) for a in (q, k, v, *rest)]
-    y, matrix = per_shard(run, f"{word} {word} BHTP {letters} BT BHNP", "BHTP BHNP")(*arrays, starts, state.matrix)
+    if q.shape[1] == H:
+        letters = letters.replace("G", "H")
+    arrays = [a.astype(state.matrix.dtype) for a in (q, k, v, *others)]
+    y, matrix = per_shard(run, f"{letters} BT BHNP", "BHTP BHNP")(*arrays, starts, state.matrix)
     return y, MemoryState(matrix, last)
 
 

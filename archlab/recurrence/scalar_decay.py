@@ -23,11 +23,13 @@ def scalar_decay(q: Float[Array, "B G T N"], k: Float[Array, "B G T N"], v: Floa
 
     Args: q, k: of each head, or of G groups of heads; log_decay: g, not above 0;
       form: any but `Associative()`.
-    Returns: y [B, H, T, P] in the dtype of the state, and the state after the piece.
+    Returns: y [B, H, T, P] in the dtype of the state, and the state after the piece. ValueError for arguments that do
+      not fit together, and for `Kernel` where there is no GPU or TPU and it is not interpreted.
     """
-    form = form or fitting(state.matrix, v.shape[2]) or Chunked(32)
-    run = select(form, v.shape[2], sequential, chunked, scalar_decay_kernel)
-    return remember(run, "BHT", q, k, v, log_decay, tokens=tokens, state=state)
+    def choose(S, length):
+        return select(form or fitting(S, length) or Chunked(32), length, sequential, chunked, scalar_decay_kernel)
+
+    return remember(choose, "BGTN BGTN BHTP BHT", tokens, state, q=q, k=k, v=v, log_decay=log_decay)
 
 
 def sequential(q, k, v, g, starts, S):

@@ -16,14 +16,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from archlab.recurrence.diagonal import choose, in_place
-from archlab.recurrence.forms import Associative, Chunked, Form, Kernel, Sequential
+from archlab.recurrence.forms import Associative, Chunked, Form, Kernel, Sequential, check_form
 from archlab.recurrence.kernels.selective_scan import fits, selective_scan_kernel
+from archlab.recurrence.memory import dot
+from archlab.recurrence.shapes import check_shapes
 
 CHUNK = 16  # steps between the states that are kept for the backward pass: a chunk of states should fit in a cache
-
-# Sums over N and F are dots: on a CPU, a product and its sum take several times as long. HIGHEST, because the dots of
-# GPUs and TPUs would round the state.
-dot = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
 def selective_scan(x: Float[Array, "B T F"], dt: Float[Array, "B T F"], A: Float[Array, "F N"],
@@ -37,10 +35,12 @@ def selective_scan(x: Float[Array, "B T F"], dt: Float[Array, "B T F"], A: Float
     Returns: y [B, T, F], and the state after the piece [B, F, N]. All in the dtype of `h`.
 
     Memory of the backward pass: one state a chunk; every state if `Sequential()`, and several times that if
-    `Associative()`. Derivatives: reverse mode only, but for `Sequential()`.
+    `Associative()`. Derivatives: reverse mode only, but for `Sequential()`. ValueError for arguments that do not fit
+    together, and for `Kernel` where there is no GPU or TPU and it is not interpreted.
     """
-    x, dt, A, B, C = (a.astype(h.dtype) for a in (x, dt, A, B, C))
+    x, dt, A, B, C = _fitting(x, dt, A, B, C, starts, h)
     form = form or (Kernel(CHUNK) if fits(h) else Chunked(CHUNK))
+    check_form(form, "selective scans", Sequential, Associative, Chunked, Kernel)
     if x.shape[1] == 1 or isinstance(form, Sequential):
         return sequential(x, dt, A, B, C, starts, h)
     if isinstance(form, Kernel):
@@ -65,8 +65,14 @@ def signed_scan(x, dt, A, B, C, starts, h, form: Form | None = None):
     """The same with decays `2 exp(dt A) - 1`, which reach from -1 to 1: a step of size 0 keeps the state, a long one
     turns it to its opposite, and with that it can follow parity (Grazzi et al. 2024, arXiv:2411.12537, section 4).
     All states are in memory, for the gradient and before it. form: of a `diagonal` recurrence."""
-    x, dt, A, B, C = (a.astype(h.dtype) for a in (x, dt, A, B, C))
+    x, dt, A, B, C = _fitting(x, dt, A, B, C, starts, h)
     return _by_states(2 * jnp.exp(dt[..., None] * A) - 1, dt * x, B, C, starts, h, choose(form, x.shape[1], h.dtype))
+
+
+def _fitting(x, dt, A, B, C, starts, h):
+    """The first five in the dtype of `h`. ValueError where shapes do not fit together."""
+    check_shapes("BT BFN BTF BTF FN BTN BTN", starts=starts, h=h, x=x, dt=dt, A=A, B=B, C=C)
+    return (a.astype(h.dtype) for a in (x, dt, A, B, C))
 
 
 def _associative(x, dt, A, B, C, starts, h):
@@ -91,7 +97,8 @@ def _chunked(x, dt, A, B, C, starts, h, size):
     return jnp.moveaxis(y.reshape(chunks * size, *y.shape[2:])[:length], 0, 1), jnp.swapaxes(h, 1, 2)
 
 
-# From here on time comes first, in chunks; A is [N, F], a state [B, N, F], and u = dt * x.
+# From here on time comes first, in chunks; A is [N, F], a state [B, N, F], and u = dt * x. Sums over N and F are dots:
+# on a CPU, a product and its sum take several times as long.
 
 
 def _decay(A, dt, start):

@@ -1,12 +1,14 @@
 """Every form of the diagonal recurrence against a slow float64 loop, with gradients, and what its gradient keeps."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from archlab.recurrence.diagonal import DiagonalState, diagonal, in_place, sequential
-from archlab.recurrence.forms import Associative, Chunked, Kernel, Sequential
+from archlab.recurrence.forms import Associative, Chunked, Form, Kernel, Sequential
 from tests.helpers import tokens_of
 
 FORMS = [None, Sequential(), Associative(), Chunked(1), Chunked(4), Chunked(64), Kernel(8, interpret=True)]
@@ -76,8 +78,24 @@ def test_one_token_and_pieces_continue_from_the_state(float64):
 
 def test_kernels_are_for_real_states():
     a, b, h = (jnp.asarray(x) for x in inputs(complex))
-    with pytest.raises(ValueError, match="real states"):
-        diagonal(a, b, tokens_of(SEGMENTS), DiagonalState(h, jnp.zeros(B, jnp.int32)), Kernel(8))
+    state = DiagonalState(h, jnp.zeros(B, jnp.int32))
+    with pytest.raises(ValueError, match=r"complex diagonal states are computed by .* or Chunked\(size\)"):
+        diagonal(a, b, tokens_of(SEGMENTS), state, Kernel(8, interpret=True))
+
+
+def test_errors():
+    a, b, h = (jnp.asarray(x) for x in inputs())
+    state = DiagonalState(h, jnp.zeros(B, jnp.int32))
+
+    def refused(message, a=a, b=b, state=state, form=None):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            diagonal(a, b, tokens_of(SEGMENTS), state, form)
+
+    refused("Form(): real diagonal states are computed by Sequential(), Associative(), Chunked(size) or", form=Form())
+    refused("form = Kernel(8): needs a GPU or TPU; Kernel(8, interpret=True) for tests", form=Kernel(8))
+    refused("a is (2, 3, 13): must be [B, T, F] = (2, 13, 3)", jnp.swapaxes(a, 1, 2))
+    refused("b is (2, 3): must be [B, T, F] = (2, 13, 3)", b=b[:, 0])
+    refused("state is NoneType: must be [B, F] = (2, F)", state=None)
 
 
 def test_gradient_keeps_nothing_but_inputs_and_outputs():

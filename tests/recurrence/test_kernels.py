@@ -9,7 +9,7 @@ import pytest
 from jax import export
 
 from archlab.recurrence import channel_decay, delta_rule, diagonal, generalised_delta, scalar_decay, selective_scan
-from archlab.recurrence.forms import Associative, Kernel, Sequential
+from archlab.recurrence.forms import Associative, Form, Kernel, Sequential
 from archlab.recurrence.kernels import channel_decay as of_channels
 from archlab.recurrence.kernels import diagonal as of_diagonals
 from archlab.recurrence.kernels import matrix
@@ -82,6 +82,28 @@ def test_kernels_are_the_steps_with_gradients(name, platform):
         for run in (steps, kernel))
     for x, y in zip((*got, *got_grads), (*want, *want_grads), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5 * float(jnp.abs(y).max()))
+
+
+@pytest.mark.parametrize("name", ["read_first", "delta_rule", "diagonal", "selective_scan"])
+def test_chunks_of_one_step(name):
+    arrays, starts = inputs(name, 7)
+    *arrays, state = arrays
+    steps, kernel = KERNELS[name][:2]
+    want = jax.jit(steps)(*arrays, starts, state)
+    got = jax.jit(functools.partial(kernel, size=1, interpret=True))(*arrays, starts, state)
+    for x, y in zip(got, want, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+
+
+def test_the_selective_scan_refuses_what_it_has_not():
+    (*arrays, h), starts = inputs("selective_scan", 7)
+    call = selective_scan.selective_scan
+    with pytest.raises(ValueError, match=r"form = Form\(\): selective scans are computed by Sequential\(\), Assoc"):
+        call(*arrays, starts, h, Form())
+    with pytest.raises(ValueError, match=r"form = Kernel\(8\): needs a GPU or TPU"):
+        call(*arrays, starts, h, Kernel(8))
+    with pytest.raises(ValueError, match=r"A is \(8, 6\): must be \[F, N\] = \(6, 8\)"):
+        call(*arrays[:2], arrays[2].T, *arrays[3:], starts, h)
 
 
 def test_the_inverse_bears_keys_that_are_alike():

@@ -1,6 +1,7 @@
 """Matrix states that decay, in all their forms: against a slow float64 loop, and against the definition's gradients."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 
 from archlab.recurrence.channel_decay import channel_decay
 from archlab.recurrence.chunks import chunk_length
-from archlab.recurrence.forms import Associative, Chunked, Sequential
+from archlab.recurrence.forms import Associative, Chunked, Form, Kernel, Sequential
 from archlab.recurrence.memory import MemoryState
 from archlab.recurrence.scalar_decay import scalar_decay
 from tests.helpers import tokens_of
@@ -129,8 +130,30 @@ def test_short_pieces_are_hardly_padded(length, size, want):
 @pytest.mark.parametrize("kind", ["scalar", "channel"])
 def test_errors(kind):
     arrays = inputs(kind, 3, np.float32)
-    for form in (Associative(), "chunked"):
+    for form in (Associative(), Form(), "chunked"):
         with pytest.raises(ValueError, match=r"form = .*: matrix states are computed by Sequential\(\)"):
             run(kind, form, documents(3), *arrays)
-    with pytest.raises(ValueError, match="4 heads do not divide into 3 groups"):
+    with pytest.raises(ValueError, match=r"form = Kernel\(8\): needs a GPU or TPU; Kernel\(8, interpret=True\)"):
+        run(kind, Kernel(8), documents(3), *arrays)
+    wanted = "4 heads do not divide into 3 groups" if kind == "scalar" else r"q is \(2, 3, 3, 3\): must be \[B, H"
+    with pytest.raises(ValueError, match=wanted):
         run(kind, None, documents(3), arrays[0][:, :3], arrays[1][:, :3], *arrays[2:])
+
+
+def test_errors_of_shapes():
+    """The first argument that does not fit, by name."""
+    q, k, v, g, S = inputs("scalar", 6, np.float32)
+    tokens, state = tokens_of(documents(6)), MemoryState(S, jnp.ones((B,), jnp.int32))
+
+    def refused(message, *arrays, state=state, of=scalar_decay, **options):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            of(*arrays, tokens, state, **options)
+
+    refused("q is (2, 6, 4, 3): must be [B, G, T, N] = (2, G, 6, 3)", *(np.moveaxis(a, 1, 2) for a in (q, k, v, g)))
+    refused("v is (2, 6, 4, 5): must be [B, H, T, P] = (2, 4, 6, 5)", q, k, np.moveaxis(v, 1, 2), g)
+    refused("k is (2, 2, 6, 3): must be [B, G, T, N] = (2, 4, 6, 3)", q, k[:, :2], v, g)
+    refused("log_decay is (2, 4, 6, 3): must be [B, H, T] = (2, 4, 6)", q, k, v, q)
+    refused("log_decay is (2, 4, 6): must be [B, H, T, N] = (2, 4, 6, 3)", q, k, v, g, of=channel_decay)
+    refused("q is (2, 4, 6, 2): must be [B, G, T, N] = (2, G, 6, 3)", q[..., :2], k[..., :2], v, g)
+    refused("state is NoneType: must be [B, H, N, P] = (2, H, N, P)", q, k, v, g, state=None)
+    refused("bonus is (3,): must be [H, N] = (4, 3)", q, k, v, q, of=channel_decay, bonus=np.ones(3))
