@@ -9,6 +9,7 @@ import ast
 import dataclasses
 import difflib
 import functools
+import inspect
 import json
 import types
 import typing
@@ -147,9 +148,7 @@ def check_kinds(config: Config) -> None:
     for name, kind in _annotations(type(config)).items():
         value = getattr(config, name)
         if not _is_kind(value, kind):
-            options = typing.get_args(kind) if _is_union(kind) else (kind,)
-            words = [KINDS.get(k) or f"a {getattr(typing.get_origin(k) or k, '__name__', k)}" for k in options]
-            raise ValueError(f"{type(config).__name__}.{name} = {value!r}: must be {' or '.join(words)}")
+            raise ValueError(f"{type(config).__name__}.{name} = {value!r}: must be {_words(kind)}")
 
 
 @functools.cache
@@ -166,9 +165,23 @@ def _is_union(kind) -> bool:
     return typing.get_origin(kind) in (typing.Union, types.UnionType)
 
 
+def _words(kind) -> str:
+    """What a value of this kind is, for an error message: "a tuple (a number, a number) or None"."""
+    if _is_union(kind):
+        return " or ".join(map(_words, typing.get_args(kind)))
+    if typing.get_origin(kind) is tuple:
+        return f"a tuple ({', '.join('...' if k is ... else _words(k) for k in typing.get_args(kind))})"
+    return KINDS.get(kind) or f"a {getattr(typing.get_origin(kind) or kind, '__name__', kind)}"
+
+
 def _is_kind(value, kind) -> bool:
     if _is_union(kind):
         return any(_is_kind(value, option) for option in typing.get_args(kind))
+    if typing.get_origin(kind) is tuple and isinstance(value, tuple):
+        kinds = typing.get_args(kind)
+        if kinds[-1] is ...:
+            kinds = kinds[:1] * len(value)
+        return len(value) == len(kinds) and all(map(_is_kind, value, kinds))
     if kind is float or kind is int:
         number = not isinstance(value, bool) and hasattr(value, "__float__")
         return number and (kind is float or hasattr(value, "__index__"))
@@ -206,14 +219,27 @@ def _evaluate(node):
         if node.func.id not in _classes:
             known = near(node.func.id, sorted(_classes))
             raise ValueError(f"no config class named {node.func.id!r} is imported; {known}")
-        fields = {word.arg: _evaluate(word.value) for word in node.keywords}
-        return _classes[node.func.id](*map(_evaluate, node.args), **fields)
+        fields = {str(word.arg): _evaluate(word.value) for word in node.keywords}
+        return _make(_classes[node.func.id], *map(_evaluate, node.args), **fields)
     if isinstance(node, ast.Tuple):
         return tuple(map(_evaluate, node.elts))
     try:
         return ast.literal_eval(node)
     except ValueError:
         raise _NoLiteral from None
+
+
+def _make(cls: type[Config], *values, **fields) -> Config:
+    """`cls(*values, **fields)`; ValueError where it has no such fields, or not all that it must have are given."""
+    names = [field.name for field in dataclasses.fields(cls)]
+    for name in fields:
+        if name not in names:
+            raise ValueError(f"{cls.__name__} has no field {name!r}; {near(name, names or ['none'])}")
+    try:
+        inspect.signature(cls).bind(*values, **fields)
+    except TypeError as error:
+        raise ValueError(f"{cls.__name__}: {error}; its fields are {', '.join(names) or 'none'}") from None
+    return cls(*values, **fields)
 
 
 def _encode(value):
@@ -234,8 +260,4 @@ def _decode(value):
     if name not in _classes:
         raise ValueError(f"no config class named {name!r} is imported; if it lives in a file of yours, import that "
                          "file first (the experiments' flag --code=FILE does so)")
-    cls, known = _classes[name], {field.name for field in dataclasses.fields(_classes[name])}
-    unknown = set(value) - known - {"type"}
-    if unknown:
-        raise ValueError(f"{name} has no field {sorted(unknown)}; it has {sorted(known)}")
-    return cls(**{key: _decode(v) for key, v in value.items() if key != "type"})
+    return _make(_classes[name], **{key: _decode(v) for key, v in value.items() if key != "type"})

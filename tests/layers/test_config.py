@@ -7,6 +7,7 @@ import pytest
 import archlab
 from archlab.attention.attention import Attention
 from archlab.attention.positions import Rotary
+from archlab.experts.mixture_of_routers import MixtureOfRouters
 from archlab.layers.config import Config, from_json
 from archlab.layers.mlp import MLP, SwiGLU
 from archlab.layers.norms import LayerNorm, RMSNorm
@@ -14,7 +15,9 @@ from archlab.layers.repeat import Repeat, Shared
 from archlab.layers.residual import Residual
 from archlab.layers.sequence import Parallel, Sequence
 from archlab.model import LanguageModel
+from archlab.recurrence.forms import Chunked
 from archlab.recurrence.mamba import Mamba
+from archlab.recurrence.mamba2 import Mamba2
 
 
 @pytest.mark.parametrize("make, words", [
@@ -35,6 +38,9 @@ from archlab.recurrence.mamba import Mamba
     (lambda: Sequence(MLP(8), "mlp"), ["layers"]),
     (lambda: Parallel(MLP(8), combine="add"), ["combine = 'add'"]),
     (lambda: Mamba(state=0), ["state = 0"]),
+    (lambda: Mamba2(step_limits=(1.0,)), ["Mamba2.step_limits = (1.0,)", "a tuple (a number, a number) or None"]),
+    (lambda: Mamba2(step_limits=("a", 2.0)), ["Mamba2.step_limits = ('a', 2.0)", "a tuple (a number, a number)"]),
+    (lambda: MixtureOfRouters(stages=(4, 2.5)), ["stages = (4, 2.5)", "must be a tuple (a whole number, ...)"]),
     (lambda: archlab.get_config("transfomer-tiny"), ["did you mean transformer-tiny"]),
 ])
 def test_bad_values_are_named(make, words):
@@ -57,6 +63,25 @@ def test_set_by_path():
         config.set("body.unit.layers.0.layer.heads", 5)
 
 
+def test_a_whole_number_in_a_tuple_is_a_number():
+    assert Mamba2(step_limits=(0, 2)).step_limits == (0, 2)
+
+
+@pytest.mark.parametrize("text, words", [
+    ("Chunked(sizes=3)", "Chunked has no field 'sizes'; did you mean size?"),
+    ("Chunked(3, 4)", "Chunked: too many positional arguments; its fields are size"),
+    ("Chunked(3, size=4)", "Chunked: multiple values for argument 'size'"),
+    ("MLP()", "MLP: missing a required argument: 'hidden'; its fields are hidden, "),
+    ("Sequential(size=3)", "Sequential has no field 'size'; there are none"),
+])
+def test_a_config_in_a_text_is_checked_as_any_other(text, words):
+    config = LanguageModel(64, 16, Mamba())
+    with pytest.raises(ValueError) as error:
+        config.set("body.form", text)
+    assert words in str(error.value)
+    assert config.set("body.form", "Chunked(3)").body.form == Chunked(3)
+
+
 def test_json_keeps_everything_and_runs_nothing():
     config = LanguageModel(64, 16, Repeat(Parallel(Attention(2, window=3), Mamba(), combine="gate"), 2),
                            norm=LayerNorm(bias=False), tied=False, dtype="bfloat16")
@@ -65,6 +90,8 @@ def test_json_keeps_everything_and_runs_nothing():
         from_json('{"type": "os.system", "command": "true"}')
     with pytest.raises(ValueError, match="MLP has no field"):
         from_json('{"type": "MLP", "hidden": 4, "depth": 3}')
+    with pytest.raises(ValueError, match="MLP: missing a required argument: 'hidden'"):
+        from_json('{"type": "MLP"}')
 
 
 def test_a_number_stays_a_number():
