@@ -3,7 +3,9 @@
 import dataclasses
 import functools
 import importlib
+import math
 import pkgutil
+import sys
 from collections.abc import Callable, Iterator
 
 from archlab.attention.attention import Attention
@@ -13,7 +15,7 @@ from archlab.experts.moe import MoE
 from archlab.experts.routers import TopK
 from archlab.hub import families
 from archlab.hub.fields import Fields
-from archlab.layers.config import Config, near
+from archlab.layers.config import Config, LayerConfig, near
 from archlab.layers.repeat import Repeat
 from archlab.layers.sequence import Sequence
 from archlab.model import LanguageModel
@@ -72,12 +74,13 @@ class Family:
     zeros: tuple[str, ...] = ()
 
     def config(self, values: dict) -> LanguageModel:
-        """The config that the fields of a config.json describe. ValueError lists all that is not supported."""
+        """The config that the fields of a config.json describe. ValueError lists all that is not supported; a value of
+        which no layer can be made ends the list, for nobody read what comes after it."""
         fields = Fields(values, self.defaults, self.spelling)
         try:
             config = self.read(fields)
         except (ValueError, TypeError, LookupError, ArithmeticError) as error:
-            fields.finish(str(error))
+            fields.finish(f"{error} (the reading ended here: there may be more)")
         fields.finish()
         return config
 
@@ -85,12 +88,17 @@ class Family:
         """The fields of a config.json that describe `config`; `Unsayable` where this family cannot say all of it."""
         try:
             values = {"model_type": self.model_types[0], "architectures": [self.architecture], **self.write(config)}
-            values = {self.spelling.get(name, name): value for name, value in values.items()}
-            again = self.config(values)
         except Exception as error:  # whatever `write` stumbles over in a config of another form
-            raise Unsayable([f"the whole is of another form ({error})"], FOREIGN) from error
+            raise Unsayable([], math.inf) from error
+        values = {self.spelling.get(name, name): value for name, value in values.items()}
+        try:
+            again = self.config(values)
+        except ValueError as error:
+            raise Unsayable([line.strip() for line in str(error).splitlines()[1:]], FOREIGN) from error
+        if type(config) is not type(again):
+            raise Unsayable([], math.inf)
         if differences := list(_differences(settled(config), settled(again))):
-            raise Unsayable(differences, len(differences) if type(config) is type(again) else FOREIGN)
+            raise Unsayable(differences, len(differences))
         return values
 
 
@@ -119,7 +127,7 @@ def describe(config: LanguageModel, model_type: str | None = None) -> tuple[Fami
     """The family that can say all of a config, and the fields of its config.json.
 
     Args: model_type: which family; None for Llama where several can, or else that which needs the fewest fields.
-    Raises: ValueError naming what stands in the way of the nearest.
+    Raises: ValueError naming the layers that no family knows, or else what stands in the way of the nearest.
     """
     found, obstacles = [], []
     some = all_families().values() if model_type is None else [family_of(model_type)]
@@ -132,15 +140,36 @@ def describe(config: LanguageModel, model_type: str | None = None) -> tuple[Fami
     if found:
         *_, name, values = min(found)
         return family_of(name), values
-    _, name, lines = min(obstacles)
+    kinds = {type(part) for _, part in settled(config).walk() if isinstance(part, LayerConfig)}
+    if strange := kinds - known_layers():
+        raise ValueError(f"no family of Hugging Face checkpoints has this architecture: none knows {_names(strange)}")
+    distance, name, lines = min(obstacles)
+    if distance == math.inf:
+        which = "no family of Hugging Face checkpoints" if model_type is None else f"no checkpoint of {name}"
+        raise ValueError(f"{which} has this architecture: a model made so of {_names(kinds)}")
     raise ValueError(f"no family of Hugging Face checkpoints has this architecture; the nearest is {name}:\n  "
                      + "\n  ".join(lines[:5]))
 
 
-class Unsayable(ValueError):
-    """Why a family cannot say a config: what differs, in words, and how far away that is."""
+@functools.cache
+def known_layers() -> set[type]:
+    """The types of layers that some file of the hub imports: of others no family can make a model."""
+    all_families()  # imports all of them
+    package = families.__name__.rpartition(".")[0]
+    modules = [module for name, module in sys.modules.items() if name.startswith(f"{package}.")]
+    return {value for module in modules for value in vars(module).values()
+            if isinstance(value, type) and issubclass(value, LayerConfig)}
 
-    def __init__(self, lines: list[str], distance: int):
+
+def _names(kinds: set[type]) -> str:
+    return ", ".join(sorted(kind.__name__ for kind in kinds))
+
+
+class Unsayable(ValueError):
+    """Why a family cannot say a config: what differs, in words, and how far away that is: in fields, FOREIGN where the
+    family refuses what was written, infinitely where it has no words for it."""
+
+    def __init__(self, lines: list[str], distance: float):
         super().__init__("\n".join(lines))
         self.lines, self.distance = lines, distance
 

@@ -15,10 +15,14 @@ from safetensors.numpy import load_file, save_file
 import archlab
 from archlab import hub
 from archlab.experts import moe
-from archlab.hub.family import all_families, each, family_of
+from archlab.hub.family import all_families, describe, each, family_of, known_layers
 from archlab.hub.rwkv import ARCHITECTURE as OFFICIAL_RWKV
+from archlab.layers.config import LayerConfig
 from archlab.layers.mlp import MLP
+from archlab.layers.residual import Residual
 from archlab.layers.weights import merge, split
+from archlab.model import LanguageModel
+from archlab.recurrence.rg_lru import RGLRU
 from tests.helpers import build
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -197,6 +201,26 @@ def test_what_no_family_has_is_not_exported(tmp_path):
         archlab.save(build(config), tmp_path / "out", format="hugingface")
 
 
+@pytest.mark.parametrize("name, layers", [("gla-nano", "GatedLinearAttention"), ("hgrn2-nano", "HGRN2, LowerBounds"),
+                                          ("minimax-nano", "LightningAttention")])
+def test_layers_that_no_family_knows_are_named(name, layers):
+    with pytest.raises(ValueError, match=f"no family .* has this architecture: none knows {layers}$"):
+        describe(archlab.get_config(name))
+
+
+def test_a_model_of_known_layers_in_no_known_order():
+    with pytest.raises(ValueError, match="no family .* has this architecture: a model made so of RGLRU, RMSNorm"):
+        describe(LanguageModel(64, 16, Residual(RGLRU(2))))
+
+
+def test_layers_of_all_checkpoints_are_known():
+    for name in NAMES:
+        values = json.loads((FIXTURES / name / "config.json").read_text())
+        layers = {type(part) for _, part in family_of(values["model_type"]).config(values).walk()
+                  if isinstance(part, LayerConfig)}
+        assert layers <= known_layers(), name
+
+
 def test_a_family_and_fields_that_compute_nothing_are_chosen_by_the_caller(tmp_path):
     model = archlab.load(LLAMA)
     hub.save(model, tmp_path, {"eos_token_id": 7, "model_type": "llama", "max_position_embeddings": 99})
@@ -204,7 +228,7 @@ def test_a_family_and_fields_that_compute_nothing_are_chosen_by_the_caller(tmp_p
     assert (values["eos_token_id"], values["model_type"], values["max_position_embeddings"]) == (7, "llama", 99)
     with pytest.raises(ValueError, match=r"fields = \['hidden_size'\]"):
         hub.save(model, tmp_path, {"hidden_size": 7})
-    with pytest.raises(ValueError, match="nearest is gpt2"):
+    with pytest.raises(ValueError, match="no checkpoint of gpt2 has .* of Attention, MLP, "):
         hub.save(model, tmp_path, {"model_type": "gpt2"})
 
 
@@ -238,8 +262,8 @@ def test_a_whole_number_may_be_written_with_a_point(tmp_path):
 
 
 def test_a_field_that_must_be_positive_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"MLP.hidden = -4"):
-        archlab.load(changed(tmp_path / "a", {"intermediate_size": -4}))
+    with pytest.raises(ValueError, match=r"MLP.hidden = -4: .*the reading ended here: there may be more"):
+        archlab.load(changed(tmp_path / "a", {"intermediate_size": -4, "new_trick": 3}))
 
 
 def test_all_that_is_wrong_with_tensors_is_listed(tmp_path):
