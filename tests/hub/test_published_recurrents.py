@@ -55,3 +55,9 @@ def test_published_fields_are_read(name):
 def test_what_cannot_be_computed_is_refused(fields, words):
     with pytest.raises(ValueError, match=words):
         family_of(fields["model_type"]).config(fields)
+
+
+@pytest.mark.parametrize("model_type", ["mamba", "mamba2", "falcon_mamba", "recurrent_gemma", "xlstm"])
+def test_a_file_that_says_nothing_is_read(model_type):
+    family = family_of(model_type)
+    assert family.config({"model_type": model_type}).width == family.defaults["hidden_size"]

@@ -22,7 +22,7 @@ BLOCK = {"before/scale": "norm.weight", "layer/{into,gate}": "mixer.in_proj.weig
 
 def read(f, inner_norm: RMSNorm | None = None):
     f.only("hidden_act", "silu", "swish")
-    f.only("intermediate_size", f.take("expand") * f.take("hidden_size"), default=None)
+    f.only("intermediate_size", None, f.take("expand") * f.take("hidden_size"), default=None)
     norm, rank = RMSNorm(f.take("layer_norm_epsilon")), f.take("time_step_rank", "auto")
     mixer = Mamba(f.take("state_size"), f.take("conv_kernel"), f.take("expand"), None if rank == "auto" else rank,
                   inner_norm, f.take("use_bias"), f.take("use_conv_bias"))
