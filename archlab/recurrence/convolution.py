@@ -37,7 +37,7 @@ class CausalConv(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T F"], tokens: Tokens, state: ConvState | None = None):
         """Returns y [B, T, F] and the state after the piece (None without one)."""
-        size, T = self.weight.shape[0], x.shape[1]
+        size = self.weight.shape[0]
         past = self.init_state(x.shape[0], x.dtype) if state is None else state
         inputs = jnp.concatenate([past.inputs.astype(x.dtype), x], 1)  # token t stands at t + size - 1
         segments = jnp.concatenate([past.segments, tokens.segments], 1)

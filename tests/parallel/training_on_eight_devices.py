@@ -37,14 +37,15 @@ def experts(name: str) -> int:
     return max(size for w in weights for letter, size in zip("E" + dims(w.letters), (0, *w.shape)) if letter == "E")
 
 
-def only_attends(name: str) -> bool:
+def one_of_many(name: str) -> bool:
+    """Whether it only attends or recurs, and does not stand for those that do."""
     rooms = {type(part).__module__.split(".")[1] for _, part in archlab.get_config(name).body.walk()}
-    return rooms <= {"layers", "attention"}
+    return rooms <= {"layers", "attention"} or rooms <= {"layers", "attention", "recurrence"} and name != "mamba2-nano"
 
 
 MESHES = ["data:2,fsdp:2,tensor:2", "data:8", "fsdp:8", "tensor:2,data:4"]
 CASES = [(name, spec) for name in archlab.list_models("*-nano")
-         for spec in (MESHES[:1] if only_attends(name) else MESHES)  # the many forms of attention: on the hardest
+         for spec in (MESHES[:1] if one_of_many(name) else MESHES)  # the many mixers: on the hardest
          + ["expert:8"] * (experts(name) % 8 == 0)
          + ["expert:4,data:2", "fsdp:2,expert:2,tensor:2"] * (experts(name) > 0)]  # else these spread rows once more
 
@@ -81,15 +82,16 @@ def start(name: str):
     return transform, structure, jax.device_get(state)
 
 
-def chooses(name: str) -> bool:
-    """Whether a model routes or halts, so that round-off may flip a choice: those are compared in float64."""
-    return any(type(part).__module__.startswith(("archlab.experts", "archlab.depth"))
+def magnifies(name: str) -> bool:
+    """Whether a model routes or halts, so that round-off may flip a choice, or recurs, so that it may grow from step to
+    step under so high a learning rate: those are compared in float64."""
+    return any(type(part).__module__.startswith(("archlab.experts", "archlab.depth", "archlab.recurrence"))
                for _, part in archlab.get_config(name).walk())
 
 
 @contextlib.contextmanager
 def setting(name: str, mesh):
-    with jax.enable_x64(chooses(name)), contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+    with jax.enable_x64(magnifies(name)), contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
         yield
 
 
@@ -104,7 +106,7 @@ def prepare(name: str, spec: str | None):
             shardings = TrainState(params, rest, optimizer_shardings(transform, split(model)[1], params),
                                    NamedSharding(mesh, PartitionSpec()))
             place = functools.partial(global_batch, mesh=mesh)
-        state = jax.device_put(cast(state, np.float64) if chooses(name) else state, shardings)
+        state = jax.device_put(cast(state, np.float64) if magnifies(name) else state, shardings)
         step = make_train_step(structure, transform, BYTES, shardings=shardings)
         return step.lower(state, place(batches()[0])).compile(), state, place, mesh
 
