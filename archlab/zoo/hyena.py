@@ -17,7 +17,7 @@ def hyena(width: int, depth: int, hidden: int, vocab: int = 256, **fields) -> La
 
 
 CONFIGS = {
-    "hyena-nano": hyena(32, 2, 32, length=256, order=3, filter_width=16, features=5),
+    "hyena-nano": hyena(32, 2, 32, length=256, order=3, filter_width=16, features=5, frequency=1.0),
     "hyena-tiny": hyena(128, 8, 256, length=1024, filter_width=32, features=5),
     "hyena-small": hyena(384, 8, 768, vocab=512, length=2048, features=9),
     # 50,257 tokens, filled up to a multiple of 8

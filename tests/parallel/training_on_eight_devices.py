@@ -77,7 +77,9 @@ def remember() -> optax.GradientTransformation:
 def start(name: str):
     """The optimizer, the model's structure, and the state before the first step, on the host."""
     config = archlab.get_config(name)
-    transform = optax.chain(remember(), optax.clip_by_global_norm(1.0), optax.sgd(0.3, momentum=0.9))
+    rates = {path: weight.rate for path, weight in parameters_of(abstract(config)).items()}
+    at_its_rate = optax.stateless(lambda updates, _: {path: rates[path] * update for path, update in updates.items()})
+    transform = optax.chain(remember(), optax.clip_by_global_norm(1.0), optax.sgd(0.3, momentum=0.9), at_its_rate)
     structure, state, _ = create_state(config, transform, 0)
     return transform, structure, jax.device_get(state)
 
