@@ -49,7 +49,7 @@ SETTINGS = {
     "mqar-128": Setting(steps=12_500, batch=512, widths=(64, 128, 256, 512), mlp=False),
     "mqar-256": Setting(steps=25_000, batch=256, widths=(64, 128, 256, 512), mlp=False),
     "mqar-512": Setting(steps=50_000, batch=128, widths=(64, 128, 256, 512), mlp=False),
-    "mqar-tiny": Setting(steps=400, batch=64, widths=(16, 64), mlp=False),
+    "mqar-tiny": Setting(steps=1200, batch=64, widths=(16, 64), mlp=False),
     "induction-heads": Setting(steps=100_000, batch=8),
     "selective-copying": Setting(steps=400_000, batch=64),
     **{f"mad-{name}": Setting(steps=20_000, batch=128, widths=(128,)) for name in (
