@@ -123,7 +123,7 @@ def test_size(name):
     ("starcoder", {"num_key_value_heads": 4}, "num_key_value_heads = 4 is not supported; 1 is"),
     ("starcoder", {"add_cross_attention": True}, "add_cross_attention = True is not understood"),
     ("pythia-160m", {"num_attention_heads": 7}, "num_attention_heads = 7: must divide the width 768"),
-    ("phi-2", {"num_key_value_heads": 5}, r"read:\n  Attention.kv_heads = 5: must divide.*= 32 \(the reading ended here"),
+    ("phi-2", {"num_key_value_heads": 5}, r"read:\n  Attention.kv_heads = 5: must divide.*= 32 \(the reading ended"),
     ("falcon-7b", {"num_ln_in_parallel_attn": 2}, "num_ln_in_parallel_attn = 2 is not supported"),
     ("falcon-40b", {"parallel_attn": False}, "parallel_attn = False is not supported"),
     ("falcon-rw-1b", {"num_kv_heads": 8}, "num_kv_heads = 8 is not supported; 32 is"),
