@@ -93,7 +93,7 @@ class DeltaNetModule(Layer):
         q, k, v = heads
         q, k = UNIT.normalise(wide(q)) * q.shape[-1] ** -0.5, UNIT.normalise(wide(k))
 
-        beta = jax.nn.sigmoid(per_head(x, self.write)) * (2 if self.config.negative else 1)
+        beta = jax.nn.sigmoid(one_per_head(x, self.write)) * (2 if self.config.negative else 1)
         y, memory = delta_rule(q, k, v, beta, self.log_decay(x), tokens, past.memory, self.config.form)
         y = project(self.finish(y.astype(x.dtype), x), self.out, "BHTP,HPD->BTD")
         aux = Aux(traces={"write": jnp.where(tokens.real, beta.mean(1), 0)})
@@ -108,6 +108,6 @@ class DeltaNetModule(Layer):
         return self.norm(y)
 
 
-def per_head(x: Float[Array, "B T D"], weight: nnx.Param) -> Float[Array, "B H T"]:
+def one_per_head(x: Float[Array, "B T D"], weight: nnx.Param) -> Float[Array, "B H T"]:
     """One number for each head and token, wide: rates, decays. weight [D, H]."""
     return jnp.swapaxes(wide(project(x, weight, "BTD,DH->BTH")), 1, 2)

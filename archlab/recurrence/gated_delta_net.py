@@ -12,7 +12,7 @@ from flax import nnx
 
 from archlab.layers.alphabet import parameter, project
 from archlab.layers.contract import Place, wide
-from archlab.recurrence.delta_net import DeltaNet, DeltaNetModule, per_head
+from archlab.recurrence.delta_net import DeltaNet, DeltaNetModule, one_per_head
 from archlab.recurrence.step_size import step_bias
 
 LEAST_RATE, LARGEST_RATE = 1e-2, 16.0  # of A when drawn: published from 0 on, where its logarithm ends
@@ -41,7 +41,7 @@ class GatedDeltaNetModule(DeltaNetModule):
         self.gate = parameter(rngs, "D->HK", (D, H, P))
 
     def log_decay(self, x):
-        dt = jax.nn.softplus(per_head(x, self.step) + self.dt_bias[...][:, None])
+        dt = jax.nn.softplus(one_per_head(x, self.step) + self.dt_bias[...][:, None])
         return -jnp.exp(wide(self.A_log[...]))[:, None] * dt
 
     def finish(self, y, x):

@@ -23,7 +23,7 @@ from archlab.layers.alphabet import parameter, project
 from archlab.layers.config import LayerConfig, require
 from archlab.layers.contract import Aux, Layer, Place, Tokens, document_starts, pytree, wide
 from archlab.layers.norms import NormModule, RMSNorm
-from archlab.recurrence.delta_net import per_head
+from archlab.recurrence.delta_net import one_per_head
 from archlab.recurrence.diagonal import DiagonalState, diagonal
 from archlab.recurrence.forms import Form
 from archlab.recurrence.memory import MemoryState
@@ -112,9 +112,9 @@ class Mamba3Module(Layer):
 
     def __call__(self, x, tokens: Tokens, state: Mamba3State | None = None):
         past = self.init_state(x.shape[0], 0, x.dtype) if state is None else state
-        dt = jax.nn.softplus(per_head(x, self.step) + self.dt_bias[...][:, None])
+        dt = jax.nn.softplus(one_per_head(x, self.step) + self.dt_bias[...][:, None])
         dt = jnp.where(tokens.real[:, None], dt, 0)
-        rate, mix = heavy_tail(per_head(x, self.rate)), jax.nn.sigmoid(per_head(x, self.mix))
+        rate, mix = heavy_tail(one_per_head(x, self.rate)), jax.nn.sigmoid(one_per_head(x, self.mix))
 
         angles, turned = self.angles(x, dt, tokens, past.angles)
         k = self.rotated(x, self.key, self.key_norm, self.key_bias, angles)
