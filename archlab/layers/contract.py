@@ -54,6 +54,11 @@ class Tokens:
     context_length: how long the whole text is declared to be, int32 scalar: T without a state, the state's `max_length`
       with one. None where nobody said. Only positions that depend on it read it (dynamic NTK, LongRoPE).
     memory: what cross-attending layers read in a pass without a state; with one, it is in the state.
+    keys: what attention does with keys and values, for layers that run it again over the same text. None: as always.
+      "keep": in a pass without a state, they are handed out as the new state. "read": those of the state are attended
+      to, and none are written (recursive sharing).
+    last_only: nobody will look at the output of any token but each row's last real one. A combinator hands it on to
+      its last layer alone; who saves nothing by it may ignore it.
     """
 
     segments: Int[Array, "B T"]
@@ -62,6 +67,8 @@ class Tokens:
     provided: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
     context_length: Int[Array, ""] | None = None
     memory: Memory | None = None
+    keys: str | None = dataclasses.field(default=None, metadata={"static": True})
+    last_only: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def real(self) -> Bool[Array, "B T"]:
