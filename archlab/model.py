@@ -63,7 +63,8 @@ class ModelState:
 
 
 class Output(NamedTuple):
-    """logits [B, T, V] ([B, 1, V] for "last", None for "none"); state; aux; hidden [B, T, D], as the head gets it."""
+    """logits [B, T, V] ([B, 1, V] for "last", None for "none"); state; aux; hidden [B, T, D], as the head gets it (of
+    each row's last real token alone where `logits` is "last" and there is a state: a layer may spare the others)."""
 
     logits: jax.Array | None
     state: ModelState | None
@@ -118,7 +119,7 @@ class Model(nnx.Module):
                 raise ValueError("training = True needs rngs: the training form draws random numbers")
             training = Training(rngs.dropout(), jnp.int32(0))
         x, tokens, order, (last, length) = self.enter(ids, segment_ids, positions, training or None, state)
-        tokens = dataclasses.replace(tokens, memory=memory)
+        tokens = dataclasses.replace(tokens, memory=memory, last_only=logits == "last" and state is not None)
         x, body, aux = self.body(x, tokens, None if state is None else state.body)
         hidden = x if self.norm is None else self.norm(x)
         if order is not None:

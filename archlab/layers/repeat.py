@@ -5,15 +5,17 @@ compiled body: short compile times and, with rematerialisation, little memory) o
 gradient is 1.2 to 4 times faster). Both give the same numbers.
 """
 
+import dataclasses
 import itertools
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from archlab.layers.alphabet import COPIES, dims, inputs, is_matrix, parameter, parameters_of, reuse, variables_of
+from archlab.layers.alphabet import reuse, variables_of
 from archlab.layers.config import LayerConfig, require
 from archlab.layers.contract import Layer, Place, Tokens
+from archlab.layers.low_rank import CorrectedModule
 from archlab.layers.sequence import Sequence
 
 
@@ -78,7 +80,8 @@ class RepeatModule(Layer):
     def _unroll(self, x, tokens, state):
         states, said = [], []
         for i, unit in enumerate(self.units()):
-            x, new, aux = unit(x, tokens.fold(i), None if state is None else state[i])
+            given = dataclasses.replace(tokens.fold(i), last_only=tokens.last_only and i == self.n - 1)
+            x, new, aux = unit(x, given, None if state is None else state[i])
             states.append(new)
             said.append(aux)
         return x, None if state is None else tuple(states), jax.tree.map(lambda *copies: jnp.stack(copies), *said)
@@ -87,13 +90,14 @@ class RepeatModule(Layer):
         if isinstance(self.unit, nnx.List):
             raise ValueError("an unstacked model runs unrolled: build it with Repeat.scan = False")
         own, shared, structure = _split(self.unit)
+        tokens = dataclasses.replace(tokens, last_only=False)  # all copies run one program
 
         def body(x, copy):
             weights, i, state = copy
             x, state, aux = nnx.merge(structure, weights, shared)(x, tokens.fold(i), state)
             return x, (state, aux)
 
-        if state is None:
+        if state is None or tokens.keys is not None:  # the latter are passes of a layer that may be in training
             body = jax.checkpoint(body)  # keep only the stream between units; recompute the rest in the backward pass
         x, (state, aux) = jax.lax.scan(body, x, (own, jnp.arange(self.n), state))
         return x, state, aux
@@ -117,36 +121,13 @@ class Shared(LayerConfig):
         return SharedModule(self, rngs, at)
 
 
-class SharedModule(Layer):
+class SharedModule(CorrectedModule):
     """Weights: those of `layer`, held once; down and up per corrected matrix, one for each copy."""
 
     def __init__(self, config: Shared, rngs: nnx.Rngs, at: Place):
-        self.layer = config.layer.build(rngs, at)
+        super().__init__(config.layer, config.lora, rngs, at)
         for _, variable in nnx.to_flat_state(nnx.state(self.layer)):
             variable.set_metadata(shared=True)
-        self.down, self.up = nnx.List([]), nnx.List([])
-        for weight in filter(_takes_lora, parameters_of(self.layer).values()) if config.lora else ():
-            rows, columns = _matrix_shape(weight)
-            self.down.append(parameter(rngs, "D->.", (rows, config.lora)))
-            self.up.append(parameter(rngs, ".->D", (config.lora, columns), nnx.initializers.zeros))
-
-    def init_state(self, batch, max_length, dtype=jnp.float32, memory=None):
-        return self.layer.init_state(batch, max_length, dtype, memory)
-
-    def __call__(self, x, tokens: Tokens, state=None):
-        layer = self.layer
-        if len(self.down):
-            structure, weights = nnx.split(layer)
-            factors = zip(self.down, self.up)
-            corrected = []
-            for path, weight in nnx.to_flat_state(weights):
-                if isinstance(weight, nnx.Param) and _takes_lora(weight):
-                    down, up = next(factors)
-                    weight = weight.replace(weight[...] + (down[...] @ up[...]).reshape(weight.shape))
-                corrected.append((path, weight))
-            layer = nnx.merge(structure, nnx.from_flat_state(corrected))
-        y, state, aux = layer(x, tokens, state)
-        return y, state, aux.under("layer")
 
 
 def stack(layers: list[LayerConfig]) -> tuple[Sequence, list[tuple[int, int | None, int]]]:
@@ -192,17 +173,6 @@ def unstack(module: nnx.Module) -> nnx.Module:
         return node
 
     return visit(nnx.clone(module))
-
-
-def _takes_lora(weight: nnx.Param) -> bool:
-    return is_matrix(weight.letters) and dims(weight.letters)[0] not in COPIES
-
-
-def _matrix_shape(weight: nnx.Param) -> tuple[int, int]:
-    rows = 1
-    for letter, size in zip(dims(weight.letters), weight.shape):
-        rows *= size if letter in inputs(weight.letters) else 1
-    return rows, weight.size // rows
 
 
 def _is_shared(path, variable) -> bool:

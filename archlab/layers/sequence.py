@@ -1,5 +1,7 @@
 """Layers one after another, side by side, and values handed on by name."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -32,9 +34,10 @@ class SequenceModule(Layer):
         return tuple(layer.init_state(batch, max_length, dtype, memory) for layer in self.layers)
 
     def __call__(self, x, tokens: Tokens, state=None):
-        states, aux = [], Aux()
+        states, aux, end = [], Aux(), len(self.layers) - 1
         for i, layer in enumerate(self.layers):
-            x, new, said = layer(x, tokens.fold(i), None if state is None else state[i])
+            given = dataclasses.replace(tokens.fold(i), last_only=tokens.last_only and i == end)
+            x, new, said = layer(x, given, None if state is None else state[i])
             tokens = tokens.provide(said.provides)
             aux |= said.within().under(f"layers/{i}")
             states.append(new)
