@@ -1,6 +1,7 @@
 """Only some tokens of a row pass through a layer: they are gathered, so that what is left out takes no time."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from archlab.layers.contract import Aux, Layer, Tokens
+from archlab.layers.sharding import per_shard
 
 
 def through(unit: Layer, x: Float[Array, "B T D"], chosen: Bool[Array, "B T"], slots: int, tokens: Tokens,
@@ -20,7 +22,8 @@ def through(unit: Layer, x: Float[Array, "B T D"], chosen: Bool[Array, "B T"], s
     Args: slots: for how many tokens a row has room, at most T; more chosen ones than that must not be.
     """
     B, T = chosen.shape
-    order = jnp.argsort(~chosen, axis=1, stable=True)
+    # per shard: left to the compiler, a sort gathers all rows of the batch on every device
+    order = per_shard(lambda chosen: jnp.argsort(~chosen, axis=1, stable=True), "BT", "BT")(chosen)
     index = order[:, :slots]
 
     def take(a):
@@ -37,3 +40,12 @@ def through(unit: Layer, x: Float[Array, "B T D"], chosen: Bool[Array, "B T"], s
         aux = dataclasses.replace(aux, policies=policies)
     y = jnp.where(here[:, :, None], y, 0)
     return jnp.zeros_like(x).at[jnp.arange(B)[:, None], index].set(y, unique_indices=True), state, aux
+
+
+def where_any(chosen: Bool[Array, "B T"], run: Callable, state: Any):
+    """What `run()` gives, (y, state, aux), if any token is chosen; otherwise zeros, `state` as it was, and no work."""
+    def idle():
+        y, _, aux = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(run))
+        return y, state, aux
+
+    return jax.lax.cond(chosen.any(), run, idle)

@@ -1,8 +1,8 @@
-"""Mixture-of-Recursions: one unit recurs, and a router decides at every recursion which tokens go on.
+"""Mixture-of-Recursions: one unit recurs, and a router decides for every token how often.
 
-Bae et al. 2025 (arXiv:2507.10524): expert-choice routing with hierarchical filtering (section 2.2.1), the auxiliary
-loss that makes it causal, recursion-wise caching (section 2.2.2). Middle-cycle sharing is `Sequence(first,
-MixtureOfRecursions(unit, n), last)`.
+Bae et al. 2025 (arXiv:2507.10524): expert-choice and token-choice routing (section 2.2.1), recursion-wise caching and
+recursive key-value sharing (section 2.2.2). Middle-cycle sharing is `Sequence(first, MixtureOfRecursions(unit, n),
+last)`; `sharing.py` has the other patterns.
 """
 
 import dataclasses
@@ -12,46 +12,65 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
-from archlab.depth.routing import DENOMINATOR, as_share, budget, choose_best, choose_within_budget
-from archlab.layers.alphabet import parameter, project, reuse
-from archlab.layers.config import LayerConfig, require
-from archlab.layers.contract import Aux, Layer, Place, Tokens, count_positions, pytree, wide
+from archlab.attention.cache import KVCache
+from archlab.depth.depth_choice import DepthChoice
+from archlab.depth.gather import through, where_any
+from archlab.depth.own import join_updates, of_recursion, recurring
+from archlab.depth.routing import as_share, budget, check_share, choose_within_budget, with_slack
+from archlab.depth.top_tokens import RandomTokens, TopTokens
+from archlab.layers.config import LayerConfig, near, require
+from archlab.layers.contract import Aux, Layer, Place, Tokens, count_positions, pytree
 
 
 class MixtureOfRecursions(LayerConfig):
     """`unit` applied up to `n` times with one set of weights; recursion r is for a share of the tokens only.
 
-    A linear router gives each candidate a gate `g = sigmoid(w_r . h)`. The chosen ones become `h + g unit(h)` (unit
-    means all of it, with its own residual paths, as in the paper and its code), see each other only, and are the next
-    recursion's candidates; the others keep their h.
+    Tokens that go through a recursion see each other only, and are the next one's candidates; the others keep what they
+    have. With unit meaning all of it, its own residual paths too, as in the paper and its code, and g the router's gate:
 
-    Training form (no state): the row's best, by g, fill the capacity. That looks ahead. An auxiliary loss, the binary
-    cross-entropy of the router's logit with that choice, teaches g > 1/2 to predict it. Otherwise: a candidate passes
-    if g > 1/2 and its document's budget, `floor(capacity * tokens so far)`, has room. That is causal, and no document
-    needs more than its share of cache slots. Where the capacity is 1 all pass and there is nothing to teach.
+      router=TopTokens():   h <- h + g_r unit(h); each recursion chooses its tokens (expert choice).
+      router=DepthChoice(): h <- g_r unit(h), to whose last the token's h before all recursions is added (token choice).
 
-    capacities: one share in (0, 1] a recursion, never growing; None for (n - r) / n. aux_loss: its weight.
+    Everywhere but in the training form of `TopTokens` a recursion takes no more than its share of a document's tokens
+    so far, first come, first served. So no document needs more cache slots, nor more of a gathered row, than its share.
+
+    capacities: one share in (0, 1] a recursion, never growing; None for (n - r) / n. slack: so much more than its share
+    a recursion may take where nothing looks ahead (0.1: a tenth more). cache: "recursion", each recursion keeps keys
+    and values of its own tokens; or "shared": all attend to what the first recursion kept of all tokens. Then attention
+    must be the unit's only memory, and the first capacity 1.
     """
 
     unit: LayerConfig
     n: int
     capacities: tuple[float, ...] | None = None
-    aux_loss: float = 0.001
+    router: TopTokens | RandomTokens | DepthChoice = TopTokens()
+    cache: str = "recursion"
+    slack: float = 0.0
 
     def __post_init__(self):
         require(self.n >= 1, self, "n", "must be at least 1")
-        require(self.aux_loss >= 0, self, "aux_loss", "must be 0 (none) or positive")
+        require(self.slack >= 0, self, "slack", "must be 0 (none) or positive")
+        require(self.cache in ("recursion", "shared"), self, "cache", near(str(self.cache), ("recursion", "shared")))
         if self.capacities is not None:
             given = self.capacities
             require(isinstance(given, tuple) and len(given) == self.n, self, "capacities",
                     f"must be a tuple of n = {self.n} shares, one for each recursion")
-            require(all(0 < c <= 1 for c in given), self, "capacities", "each must lie in (0, 1]")
-            require(all(as_share(c) > 0 for c in given), self, "capacities",
-                    f"a share that rounds to no token: each must be at least 1/{DENOMINATOR}")
+            for capacity in given:
+                check_share(self, "capacities", capacity)
             require(all(a >= b for a, b in zip(given, given[1:])), self, "capacities",
                     "must not grow: only those who passed one recursion are candidates for the next")
+        require(self.cache == "recursion" or self.shares[0] == 1, self, "capacities",
+                "the first must be 1 where its keys are shared: later recursions attend to all tokens")
+
+    def check(self, width: int) -> None:
+        self.unit.check(width)
+        if self.cache == "shared":
+            unit = nnx.eval_shape(lambda: self.unit.build(nnx.Rngs(0), Place(width, 0, self.branches)))
+            kept = jax.tree.leaves(jax.eval_shape(lambda: unit.init_state(1, 8)), is_leaf=_is_cache)
+            require(kept and all(map(_is_cache, kept)), self, "cache",
+                    "wants a unit whose only memory is the keys and values of attention")
 
     @property
     def shares(self) -> tuple[Fraction, ...]:
@@ -63,15 +82,19 @@ class MixtureOfRecursions(LayerConfig):
     def branches(self) -> int:
         return self.n * self.unit.branches
 
+    @property
+    def looks_ahead(self) -> bool:
+        return self.shares[-1] < 1 and not isinstance(self.router, DepthChoice) or super().looks_ahead
+
     def build(self, rngs: nnx.Rngs, at: Place) -> "MixtureOfRecursionsModule":
         return MixtureOfRecursionsModule(self, rngs, at)
 
 
 @pytree
 class RecursionState:
-    """units: the unit's state at each recursion, sized by its share; passed [B, n]: tokens of the row's last document
-    that each recursion took; segment, length [B]: that document, and how many tokens it has had; slots: for how many
-    tokens of a row each recursion has room."""
+    """units: the unit's state at each recursion, sized by its share (the first one's alone where it is shared); passed
+    [B, n]: tokens of the row's last document that each recursion took; segment, length [B]: that document, and how
+    many tokens it has had; slots: for how many tokens of a row each recursion has room."""
 
     units: tuple[Any, ...]
     passed: Int[Array, "B n"]
@@ -81,95 +104,141 @@ class RecursionState:
 
 
 class MixtureOfRecursionsModule(Layer):
-    """Weights: the unit's, and one router [D, 1] for each recursion.
+    """Weights: the unit's; routers, one for each recursion, or router, where depth is chosen once.
 
-    Loss: router, summed over recursions (0 outside training). Traces: depth [B, T], recursions taken; gate [n, B, T],
-    0 for who was no candidate; in the training form agreement [n], the share of candidates for whom the causal rule
+    Losses: of the routers (0 outside training). Traces: depth [B, T], recursions taken; gate [n, B, T], 0 for who was
+    no candidate; in the training form of `TopTokens` agreement [n], the share of candidates for whom the causal rule
     (before budgets) and the choice made agree. The unit's traces stand under `unit/r`, each over the tokens that
     recursion gathered: not [B, T].
     """
 
     def __init__(self, config: MixtureOfRecursions, rngs: nnx.Rngs, at: Place):
-        self.shares, self.aux_loss = config.shares, config.aux_loss
-        self.unit = config.unit.build(rngs, at)
-        self.routers = nnx.List([parameter(rngs, "D->.", (at.width, 1)) for _ in self.shares])
-        reuse(self.unit, float(sum(self.shares)))
+        self.config, self.shares = config, config.shares
+        self.rooms = tuple(with_slack(share, config.slack) for share in config.shares)
+        self.unit = recurring(config.unit, config.n, rngs, at, uses=float(sum(config.shares)))
+        once = isinstance(config.router, DepthChoice)
+        self.router = config.router.build(rngs, at, config.n) if once else None
+        self.routers = None if once else nnx.List([config.router.build(rngs, at) for _ in self.shares])
 
     def init_state(self, batch, max_length, dtype=jnp.float32, memory=None):
-        sizes = tuple(max(1, budget(share, max_length)) for share in self.shares)
-        units = tuple(self.unit.init_state(batch, size, dtype, memory) for size in sizes)
+        sizes = tuple(max(1, budget(room, max_length)) for room in self.rooms)
+        kept = sizes[:1] if self.config.cache == "shared" else sizes
+        units = tuple(of_recursion(self.unit, r).init_state(batch, size, dtype, memory) for r, size in enumerate(kept))
         numbers = lambda *shape: jnp.zeros((batch, *shape), jnp.int32)
         return RecursionState(units, numbers(len(sizes)), numbers(), numbers(), sizes)
 
     def __call__(self, x, tokens: Tokens, state: RecursionState | None = None):
-        B, T, _ = x.shape
-        look_ahead = tokens.training is not None and state is None
-        none = jnp.zeros((B,), jnp.int32)
+        none = jnp.zeros(x.shape[:1], jnp.int32)
         last, length = (none, none) if state is None else (state.segment, state.length)
         # Counted here and not read from tokens.positions, which need not count what passes through this layer.
         places, last, length = count_positions(tokens.segments, last, length)
-
-        active, depth = tokens.real, jnp.zeros((B, T), jnp.int32)
-        units, counts, gates, losses, agreements, said, updates = [], [], [], [], [], Aux(), []
-        for r, share in enumerate(self.shares):
-            logits = wide(project(x, self.routers[r], "BTD,DN->BTN"))[:, :, 0]
-            gate = jnp.where(active, jax.nn.sigmoid(logits), 0)
-            wish = active if share == 1 else active & (logits > 0)
-            if share == 1 or not look_ahead:
-                past = none if state is None else state.passed[:, r]
-                chosen, passed = choose_within_budget(wish, share, places, tokens.real, past)
-                counts.append(passed)
-            else:
-                chosen = choose_best(logits, active, share, tokens.real.sum(1))
-                losses.append(_mean(jax.nn.softplus(logits) - jnp.where(chosen, logits, 0), active))
-            if look_ahead:
-                agreements.append(_mean(wish == chosen, active))
-
-            # A piece that continues from a state may spend what its document has saved: up to what there is room for.
-            slots = max(1, budget(share, T)) if state is None else min(T, state.slots[r])
-            inner = None if state is None else state.units[r]
-            x, inner, aux = self._recur(x, gate, chosen, slots, tokens.fold(r), inner)
-            units.append(inner)
-            updates.append(aux.updates)
-            said |= Aux(aux.losses, aux.traces, policies=aux.policies).under(f"unit/{r}")
-            gates.append(gate)
-            active, depth = chosen, depth + chosen
-
-        said.losses["router"] = self.aux_loss * sum(losses, jnp.float32(0))
-        said.traces.update(depth=depth, gate=jnp.stack(gates))
-        if look_ahead:
-            said.traces["agreement"] = jnp.stack(agreements)
-        summed = jax.tree.map(lambda *steps: sum(steps), *updates)
-        aux = said | Aux(updates=summed).under("unit")
+        passed = jnp.zeros((x.shape[0], len(self.shares)), jnp.int32) if state is None else state.passed
+        recur = self._each_chooses if self.router is None else self._chosen_once
+        x, units, passed, aux = recur(x, tokens, state, places, passed)
         if state is not None:
-            state = RecursionState(tuple(units), jnp.stack(counts, 1), last, length, state.slots)
+            state = RecursionState(units, jnp.stack(passed, 1), last, length, state.slots)
         return x, state, aux
 
-    def _recur(self, x, gate, chosen: Bool[Array, "B T"], slots: int, tokens: Tokens, state):
-        """`x + gate unit(x)` for the chosen, at most `slots` a row; the unit's state and aux.
+    def _each_chooses(self, x, tokens, state, places, passed):
+        """Expert choice: recursion r chooses among those who passed the one before."""
+        look_ahead = tokens.training is not None and state is None
+        active, depth = tokens.real, jnp.zeros(tokens.segments.shape, jnp.int32)
+        unit, counts, gates, agreements, said, loss = _Unit(self, tokens, state), [], [], [], Aux(), 0
+        for r, router in enumerate(self.routers):
+            choice = router(x, active, self.shares[r], self.rooms[r], places, tokens.fold(r), passed[:, r], look_ahead)
+            y, aux = unit.recur(r, x, choice.chosen, look_ahead, all_pass=self.shares[r] == 1)
+            x = x + choice.gate[:, :, None].astype(x.dtype) * y
+            active, depth = choice.chosen, depth + choice.chosen
+            counts.append(choice.passed)
+            gates.append(choice.gate)
+            agreements += [] if choice.agreement is None else [choice.agreement]
+            said, loss = said | aux, loss + choice.loss
+        said.losses["router"] = loss
+        said.traces.update(depth=depth, gate=jnp.stack(gates))
+        if agreements:
+            said.traces["agreement"] = jnp.stack(agreements)
+        return x, unit.states(), counts, said | unit.updates()
 
-        The chosen are gathered to the front in their order, so that a smaller share takes less time; the slots they
-        leave empty are padding.
-        """
-        order = jnp.argsort(~chosen, axis=1, stable=True)
-        index = order[:, :slots]
-        B, T = chosen.shape
+    def _chosen_once(self, x, tokens, state, places, passed):
+        """Token choice: who goes how deep is settled before the first recursion."""
+        choice = self.router(x, tokens)
+        active, depth, takes, counts = tokens.real, jnp.zeros(tokens.segments.shape, jnp.int32), [], []
+        for r, room in enumerate(self.rooms):
+            active, count = choose_within_budget(active & (choice.wanted > r), room, places, tokens.real, passed[:, r])
+            takes.append(active)
+            counts.append(count)
+            depth = depth + active
+        last = jnp.arange(x.shape[1]) == jnp.maximum(tokens.real.sum(1) - 1, 0)[:, None]
+        alone = tokens.last_only and state is not None and self.config.cache == "shared"  # the rest leaves no keys
 
-        def take(a):
-            return jnp.take_along_axis(a, index.reshape(index.shape + (1,) * (a.ndim - 2)), axis=1)
-
-        here = take(chosen)
-        provided = jax.tree.map(lambda a: take(a) if a.shape[:2] == (B, T) else a, tokens.provided)
-        gathered = dataclasses.replace(tokens, segments=jnp.where(here, take(tokens.segments), 0),
-                                       positions=take(tokens.positions), provided=provided)
-        y, state, aux = self.unit(take(x), gathered, state)
-        if aux.policies:
-            back = jnp.argsort(order, axis=1)
-            policies = {name: policy.take(back, chosen) for name, policy in aux.policies.items()}
-            aux = dataclasses.replace(aux, policies=policies)
-        y = jnp.where(here[:, :, None], take(gate)[:, :, None].astype(y.dtype) * y, 0)
-        return x.at[jnp.arange(B)[:, None], index].add(y, unique_indices=True), state, aux
+        unit, first, said = _Unit(self, tokens, state), x, choice.aux.under("router")
+        for r, chosen in enumerate(takes):
+            chosen, slots = (chosen & last, 1) if alone and r else (chosen, None)
+            y, aux = unit.recur(r, x, chosen, all_pass=r == 0 and self.shares[0] == 1, slots=slots)
+            home = jnp.where((depth == r + 1)[:, :, None], first, 0)
+            gate = choice.gates[:, :, r, None].astype(x.dtype)
+            x = jnp.where(chosen[:, :, None], gate * y + home, x)
+            said |= aux
+        gates = jnp.where(jnp.stack(takes), jnp.moveaxis(choice.gates, 2, 0), 0)
+        said.traces.update(depth=depth, gate=gates)
+        return x, unit.states(), counts, said | unit.updates()
 
 
-def _mean(values: Float[Array, "B T"], where: Bool[Array, "B T"]) -> Float[Array, ""]:
-    return jnp.where(where, values, 0).sum() / jnp.maximum(where.sum(), 1)
+class _Unit:
+    """The unit in the course of one pass: which state each recursion reads, and what has been said."""
+
+    def __init__(self, mixture: MixtureOfRecursionsModule, tokens: Tokens, state: RecursionState | None):
+        self.mixture, self.tokens, self.state = mixture, dataclasses.replace(tokens, last_only=False), state
+        self.shared = mixture.config.cache == "shared"
+        self.kept, self.said = [], []
+
+    def recur(self, r: int, x, chosen: Bool[Array, "B T"], look_ahead: bool = False, all_pass: bool = False,
+              slots: int | None = None):
+        """The unit's output for the chosen tokens, 0 for others; its aux. slots: for how many of a row there is room;
+        None for the recursion's share."""
+        tokens, past = self._reading(r, x)
+        unit, T, warmup = of_recursion(self.mixture.unit, r), x.shape[1], 0
+        if look_ahead:
+            slots, warmup = max(1, budget(self.mixture.shares[r], T)), self.mixture.config.router.warmup
+        elif slots is None:  # a piece that continues from a state may spend what its document has saved
+            slots = max(1, budget(self.mixture.rooms[r], T)) if self.state is None else min(T, self.state.slots[r])
+        run = lambda slots: through(unit, x, chosen, slots, tokens, past)
+        if all_pass:  # and they stand in front already
+            y, state, aux = unit(x, tokens, past)
+            y = jnp.where(chosen[:, :, None], y, 0)
+        elif warmup:
+            y, state, aux = jax.lax.cond(tokens.training.step < warmup, lambda: run(T), lambda: run(slots))
+        elif T == 1 and self.state is not None:  # a step of decoding does only what it must
+            y, state, aux = where_any(chosen, lambda: run(1), past)
+        else:
+            y, state, aux = run(slots)
+        if self.shared and r == 0:
+            self.past = state
+        elif not self.shared:
+            self.kept.append(state)
+        self.said.append(aux.updates)
+        return y, Aux(aux.losses, aux.traces, policies=aux.policies).under(f"unit/{r}")
+
+    def _reading(self, r: int, x):
+        """The tokens of a recursion, and the state it starts from."""
+        tokens = self.tokens.fold(r)
+        if not self.shared:
+            return tokens, None if self.state is None else self.state.units[r]
+        if r:
+            return dataclasses.replace(tokens, keys="read"), self.past
+        if self.state is not None:
+            return tokens, self.state.units[0]
+        like = jax.eval_shape(lambda: self.mixture.unit.init_state(*x.shape[:2]))
+        return dataclasses.replace(tokens, keys="keep"), jax.tree.map(lambda _: None, like, is_leaf=_is_cache)
+
+    def states(self):
+        return (self.past,) if self.shared else tuple(self.kept)
+
+    def updates(self) -> Aux:
+        """What all recursions want of the unit's variables."""
+        stacked = jax.tree.map(lambda *steps: jnp.stack(steps), *self.said)
+        return Aux(updates=join_updates(self.mixture.unit, stacked)).under("unit")
+
+
+def _is_cache(node) -> bool:
+    return isinstance(node, KVCache)

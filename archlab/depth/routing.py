@@ -9,6 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from archlab.layers.config import require
+from archlab.layers.sharding import per_shard
+
 DENOMINATOR = 1000  # of shares: budgets then fit int32 up to two million tokens
 FREE = 2**29  # a bound that nothing reaches, twice which fits int32
 
@@ -16,6 +19,19 @@ FREE = 2**29  # a bound that nothing reaches, twice which fits int32
 def as_share(capacity: float) -> Fraction:
     """The nearest fraction with a denominator of at most 1000: 0.6666667 is 2/3."""
     return Fraction(capacity).limit_denominator(DENOMINATOR)
+
+
+def check_share(config, field: str, capacity: float) -> None:
+    """Raises ValueError where `capacity`, of a config's field, is no share that lets tokens pass."""
+    require(0 < capacity <= 1, config, field, "each must lie in (0, 1]")
+    require(as_share(capacity) > 0, config, field,
+            f"a share that rounds to no token: each must be at least 1/{DENOMINATOR}")
+
+
+def with_slack(share: Fraction, slack: float) -> Fraction:
+    """The share and `slack` of it more, at most 1. Slack multiplies: any that is added would let every short document
+    have a token more than its share, and a row packed with them would have no bound but its length."""
+    return min(Fraction(1), as_share(float(share) * (1 + slack)))
 
 
 def budget(share: Fraction, count):
@@ -27,13 +43,15 @@ def budget(share: Fraction, count):
     return share.numerator * count // share.denominator
 
 
-def choose_best(scores: Float[Array, "B T"], candidates: Bool[Array, "B T"], share: Fraction,
+def choose_best(scores: Float[Array, "B T"], candidates: Bool[Array, "B T"], most: Fraction,
                 counts: Int[Array, "B"]) -> Bool[Array, "B T"]:
-    """Expert choice: of each row's candidates those with the highest scores, `max(1, budget(share, counts))` of them
-    (all, where they are fewer). It looks ahead. counts [B]: the row's real tokens."""
-    T = scores.shape[1]
-    best = jax.lax.top_k(jnp.where(candidates, scores, -jnp.inf), max(1, budget(share, T)))[1]
-    within = jnp.arange(best.shape[1]) < jnp.maximum(budget(share, counts), 1)[:, None]
+    """Expert choice: of each row's candidates those with the highest scores, `counts` [B] of them (at least one, and
+    all where they are fewer). It looks ahead. most: the greatest share of a row's places that `counts` may be."""
+    places = max(1, budget(most, scores.shape[1]))
+    # per shard: left to the compiler, a sort gathers all rows of the batch on every device
+    best = per_shard(lambda scores: jax.lax.top_k(scores, places)[1], "BT", "B.")(
+        jnp.where(candidates, scores, -jnp.inf))
+    within = jnp.arange(best.shape[1]) < jnp.maximum(counts, 1)[:, None]
     row = jnp.arange(best.shape[0])[:, None]
     return candidates & jnp.zeros_like(candidates).at[row, best].set(within)
 

@@ -59,6 +59,10 @@ class MoE(LayerConfig):
         check_activation(self)
         require(self.init_scale > 0, self, "init_scale", "must be positive")
 
+    @property
+    def looks_ahead(self) -> bool:
+        return self.router.looks_ahead
+
     def build(self, rngs: nnx.Rngs, at: Place) -> "MoEModule":
         return MoEModule(self, rngs, at)
 

@@ -129,6 +129,11 @@ class LayerConfig(Config):
         return all(layer.recurrent for layer in self.inner())
 
     @property
+    def looks_ahead(self) -> bool:
+        """Whether in the training form an output may depend on a later token."""
+        return any(layer.looks_ahead for layer in self.inner())
+
+    @property
     def longest(self) -> int | None:
         """The longest text that it has places for, in tokens; None for any."""
         return min((n for n in (layer.longest for layer in self.inner()) if n is not None), default=None)

@@ -8,9 +8,11 @@ from flax import nnx
 
 from archlab.attention.attention import Attention
 from archlab.attention.cache import KVCache
+from archlab.depth.depth_choice import DepthChoice
 from archlab.depth.mixture_of_recursions import MixtureOfRecursions
+from archlab.depth.top_tokens import RandomTokens, TopTokens
 from archlab.layers.alphabet import parameters_of
-from archlab.layers.contract import Aux, Place, Tokens, Training
+from archlab.layers.contract import Aux, Layer, Place, Tokens, Training
 from archlab.layers.mlp import SwiGLU
 from archlab.layers.residual import Residual
 from archlab.layers.sequence import Identity, Provide, Sequence
@@ -40,7 +42,7 @@ def reference(made, capacities, x, segments, look_ahead):
     h, depth, loss, agreement = np.array(x), np.zeros((B, T), int), np.zeros(len(capacities)), []
     active = segments > 0
     for r, capacity in enumerate(capacities):
-        scores = h @ np.asarray(made.routers[r][...])[:, 0]
+        scores = h @ np.asarray(made.routers[r].router.out[...])[:, 0]
         chosen, bce, agree = np.zeros((B, T), bool), [], []
         for row in range(B):
             candidates = np.flatnonzero(active[row])
@@ -68,14 +70,14 @@ def reference(made, capacities, x, segments, look_ahead):
             h[row, at] += y / (1 + np.exp(-scores[row, at]))[:, None]
             depth[row, at] += 1
         active, loss[r] = chosen, np.mean(bce) if bce else 0
-        agreement.append(np.mean(agree))
+        agreement += [np.mean(agree)] if capacity < 1 else []
     return h, depth, loss, agreement
 
 
 @pytest.mark.parametrize("look_ahead", [True, False], ids=["training", "causal"])
 @pytest.mark.parametrize("unit, capacities", [(BLOCK, None), (MAMBA, (0.7, 0.5, 0.25))], ids=["attention", "mamba"])
 def test_against_loop(float64, unit, capacities, look_ahead):
-    config = MixtureOfRecursions(unit, 3, capacities, aux_loss=0.1)
+    config = MixtureOfRecursions(unit, 3, capacities, TopTokens(weight=0.1))
     made, x = module(config), stream()
     tokens = tokens_of(SEGMENTS, TRAINING if look_ahead else None)
     y, state, aux = jax.jit(lambda x: made(x, tokens))(x)
@@ -139,13 +141,19 @@ def test_caches_shrink(length):
 
 def test_gates_learn_and_published_values_follow(float64):
     """Every router has a gradient through its gate alone; values of [B, T] are gathered with their tokens."""
-    class_of = Sequence(Provide("origin", Identity()), MixtureOfRecursions(Residual(SwiGLU(12)), 3, aux_loss=0.0))
+    class_of = Sequence(Provide("origin", Identity()), MixtureOfRecursions(Residual(SwiGLU(12)), 3, None, TopTokens(weight=0.0)))
     made, tokens = module(class_of), tokens_of(SEGMENTS, TRAINING)
     gradient = jax.jit(jax.grad(lambda m: (m(stream(), tokens)[0] ** 3).sum()))(made)
-    assert all(np.abs(router[...]).min() > 0 for router in gradient.layers[1].routers)
+    assert all(np.abs(choice.router.out[...]).min() > 0 for choice in gradient.layers[1].routers)
 
     seen = []
-    made.layers[1].unit = lambda x, tokens, state: (seen.append((x, tokens)), (jnp.zeros_like(x), None, Aux()))[1]
+
+    class Spy(Layer):
+        def __call__(self, x, tokens, state=None):
+            seen.append((x, tokens))
+            return jnp.zeros_like(x), None, Aux()
+
+    made.layers[1].unit = Spy()
     made(stream(), tokens)
     assert [x.shape[1] for x, _ in seen] == [40, 26, 13]
     for x, gathered in seen:  # a unit that adds nothing leaves the stream as it was
@@ -178,7 +186,10 @@ def test_accounts():
     (lambda: MixtureOfRecursions(BLOCK, 2, (1.2, 0.5)), r"each must lie in \(0, 1\]"),
     (lambda: MixtureOfRecursions(BLOCK, 2, (1.0, 1e-4)), r"rounds to no token: each must be at least 1/1000"),
     (lambda: MixtureOfRecursions(BLOCK, 2, (0.5, 0.6)), r"capacities = \(0.5, 0.6\): must not grow"),
-    (lambda: MixtureOfRecursions(BLOCK, 2, aux_loss=-1.0), r"aux_loss = -1.0: must be 0"),
+    (lambda: MixtureOfRecursions(BLOCK, 2, slack=-1.0), r"slack = -1.0: must be 0"),
+    (lambda: MixtureOfRecursions(BLOCK, 2, cache="share"), r"cache = 'share'"),
+    (lambda: MixtureOfRecursions(BLOCK, 2, (0.5, 0.5), cache="shared"), r"the first must be 1"),
+    (lambda: MixtureOfRecursions(MAMBA, 2, cache="shared").check(D), r"cache = 'shared': wants a unit whose only memory"),
 ])
 def test_errors(make, words):
     with pytest.raises(ValueError, match=words):

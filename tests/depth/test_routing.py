@@ -74,6 +74,6 @@ def test_best_against_loop():
         wanted = max(1, int(share * int(counts[row])))
         for t in sorted(np.flatnonzero(candidates[row]), key=lambda t: -scores[row, t])[:wanted]:
             expected[row, t] = True
-    chosen = jax.jit(lambda *a: choose_best(a[0], a[1], share, a[2]))(scores, candidates, counts)
+    chosen = jax.jit(lambda *a: choose_best(a[0], a[1], share, budget(share, a[2])))(scores, candidates, counts)
     np.testing.assert_array_equal(chosen, expected)
     np.testing.assert_array_equal(expected.sum(1), [6, 3, 1, 1])

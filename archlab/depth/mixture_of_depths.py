@@ -1,0 +1,115 @@
+"""Mixture-of-Depths: a block is for a share of the tokens only; the others go round it.
+
+Raposo et al. 2024 (arXiv:2404.02258). Every second block routed, as published, is
+`Repeat(Sequence(block, MixtureOfDepths(block)), depth // 2)`.
+"""
+
+import dataclasses
+from fractions import Fraction
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Int
+
+from archlab.depth.gather import through, where_any
+from archlab.depth.routing import as_share, budget, check_share, with_slack
+from archlab.depth.top_tokens import RandomTokens, TopTokens
+from archlab.layers.alphabet import reuse
+from archlab.layers.config import LayerConfig, require
+from archlab.layers.contract import Aux, Layer, Place, Tokens, count_positions, pytree
+
+
+class MixtureOfDepths(LayerConfig):
+    """`h + g (unit(h) - h)` for the chosen tokens of each document, h for the others; g is the router's gate.
+
+    unit is a block with its residual paths, of which the gate scales what they add. The chosen see each other only. In
+    the training form a row's best fill the capacity; otherwise no more of a document's tokens so far pass than the
+    capacity, first come, first served, and caches have no more slots.
+
+    capacity: a share in (0, 1]. slack: so much more than that may pass where nothing looks ahead (0.1: a tenth more).
+    """
+
+    unit: LayerConfig
+    capacity: float = 0.125
+    router: TopTokens | RandomTokens = TopTokens(gate="linear")
+    slack: float = 0.0
+
+    def __post_init__(self):
+        check_share(self, "capacity", self.capacity)
+        require(self.slack >= 0, self, "slack", "must be 0 (none) or positive")
+
+    @property
+    def share(self) -> Fraction:
+        """The capacity as an exact fraction."""
+        return as_share(self.capacity)
+
+    @property
+    def looks_ahead(self) -> bool:
+        return self.share < 1 or super().looks_ahead
+
+    def build(self, rngs: nnx.Rngs, at: Place) -> "MixtureOfDepthsModule":
+        return MixtureOfDepthsModule(self, rngs, at)
+
+
+@pytree
+class RouteState:
+    """unit: the unit's state, sized by the capacity; passed [B]: how many tokens of the row's last document it took;
+    segment, length [B]: that document, and how many tokens it has had; slots: for how many of a row it has room."""
+
+    unit: Any
+    passed: Int[Array, "B"]
+    segment: Int[Array, "B"]
+    length: Int[Array, "B"]
+    slots: int = dataclasses.field(metadata={"static": True})
+
+
+class MixtureOfDepthsModule(Layer):
+    """Weights: the unit's and the router's.
+
+    Loss: router (0 outside training). Traces: depth [B, T], 1 for who passed; gate [B, T]; in the training form
+    agreement, the share of tokens for whom the causal rule (before budgets) and the choice made agree. The unit's
+    traces are over the tokens gathered: not [B, T].
+    """
+
+    def __init__(self, config: MixtureOfDepths, rngs: nnx.Rngs, at: Place):
+        self.config, self.room = config, with_slack(config.share, config.slack)
+        self.unit = config.unit.build(rngs, at)
+        self.router = config.router.build(rngs, at)
+        reuse(self.unit, float(config.share))
+
+    def init_state(self, batch, max_length, dtype=jnp.float32, memory=None):
+        slots, numbers = max(1, budget(self.room, max_length)), lambda: jnp.zeros((batch,), jnp.int32)
+        unit = self.unit.init_state(batch, slots, dtype, memory)
+        return RouteState(unit, numbers(), numbers(), numbers(), slots)
+
+    def __call__(self, x, tokens: Tokens, state: RouteState | None = None):
+        (B, T, _), none = x.shape, jnp.zeros(x.shape[:1], jnp.int32)
+        look_ahead = tokens.training is not None and state is None
+        last, length, passed, past = ((none, none, none, None) if state is None else
+                                      (state.segment, state.length, state.passed, state.unit))
+        # Counted here and not read from tokens.positions, which need not count what passes through this layer.
+        places, last, length = count_positions(tokens.segments, last, length)
+        choice = self.router(x, tokens.real, self.config.share, self.room, places, tokens, passed, look_ahead)
+
+        run = lambda slots: through(self.unit, x, choice.chosen, slots, tokens, past)
+        if look_ahead:
+            slots, warmup = max(1, budget(self.config.share, T)), self.config.router.warmup
+            y, inner, aux = run(slots) if not warmup else jax.lax.cond(
+                tokens.training.step < warmup, lambda: run(T), lambda: run(slots))
+        elif state is None:
+            y, inner, aux = run(max(1, budget(self.room, T)))
+        elif T == 1:  # a step of decoding does only what it must
+            y, inner, aux = where_any(choice.chosen, lambda: run(1), past)
+        else:  # a piece may spend what its document has saved
+            y, inner, aux = run(min(T, state.slots))
+
+        added = jnp.where(choice.chosen[:, :, None], y - x, 0)
+        said = aux.under("unit") | Aux({"router": choice.loss},
+                                       {"depth": choice.chosen.astype(jnp.int32), "gate": choice.gate})
+        if choice.agreement is not None:
+            said.traces["agreement"] = choice.agreement
+        if state is not None:
+            state = RouteState(inner, choice.passed, last, length, state.slots)
+        return x + choice.gate[:, :, None].astype(x.dtype) * added, state, said
