@@ -7,8 +7,8 @@ a rolling cache: Jiang et al. 2023, Mistral (arXiv:2310.06825), section 2. What 
 import jax.numpy as jnp
 from flax import nnx
 
-from archlab.attention.cache import KVCache
-from archlab.attention.core import attend, attend_state
+from archlab.attention.cache import KVCache, kept
+from archlab.attention.core import attend, attend_kept, attend_state
 from archlab.attention.positions import Positions, Rotary
 from archlab.attention.qk_norm import QKNorm, QKNormModule
 from archlab.attention.rules import Places, Rules, Sight
@@ -108,8 +108,11 @@ class AttentionModule(Layer):
     def __call__(self, x, tokens: Tokens, state: KVCache | None = None):
         q, k, v = self.heads(x, tokens)
         rules = self.rules(tokens)
-        if state is None:
+        if tokens.keys == "read":  # k and v are dead code
+            y = attend_kept(q, tokens, kept(self, state), rules)
+        elif state is None:
             y = attend(q, k, v, Places(tokens.segments, tokens.positions), rules)
+            state = KVCache.of(k, v, tokens, rules.sight.reach) if tokens.keys == "keep" else None
         else:
             y, state = attend_state(q, k, v, tokens, state, rules)
         return add_bias(project(y, self.out, "BHTK,HKD->BTD"), self.out_bias), state, Aux()

@@ -28,6 +28,20 @@ class KVCache:
         store = lambda: jnp.zeros((batch, heads, slots, size), dtype)
         return cls(store(), store() if values else None, numbers(slots), numbers(slots), numbers())
 
+    @classmethod
+    def of(cls, keys: Float[Array, "B G T K"], values: Float[Array, "B G T K"] | None, tokens: Tokens,
+           reach: int | None = None) -> "KVCache":
+        """The cache of a text that is one piece: its keys and values as they are, a slot for each token.
+
+        Nothing is dropped, though a ring would hold the last `reach` of them alone: a text of just as many gets one
+        more slot, which stays empty, so that none takes it for a ring (`attend_kept`).
+        """
+        spare = int(keys.shape[2] == reach)
+        heads = lambda a: jnp.pad(a, ((0, 0), (0, 0), (0, spare), (0, 0))) if spare else a
+        numbers = lambda a: jnp.pad(jnp.where(tokens.real, a, 0), ((0, 0), (0, spare)))
+        return cls(heads(keys), jax.tree.map(heads, values), numbers(tokens.positions), numbers(tokens.segments),
+                   tokens.real.sum(1, dtype=jnp.int32))
+
     def append(self, keys: Float[Array, "B G T K"], values: Float[Array, "B G T K"] | None,
                tokens: Tokens) -> "KVCache":
         """The cache with a piece's real tokens written; in a ring, only the last S of them. A full
@@ -62,3 +76,10 @@ class KVCache:
         numbers = lambda store: jnp.take_along_axis(store, order, 1)
         return KVCache(heads(self.keys), jax.tree.map(heads, self.values),
                        numbers(self.positions), numbers(self.segments), self.cursor)
+
+
+def kept(layer, state: KVCache | None) -> KVCache:
+    """The cache that a layer is to read, where `Tokens.keys` is "read". Raises: ValueError where there is none."""
+    if state is None:
+        raise ValueError(f"{type(layer).__name__}: Tokens.keys = 'read' needs a state to read from")
+    return state

@@ -1,7 +1,7 @@
 """The attention core: softmax(Q K^T / sqrt(K)) V under the masks that tokens imply.
 
-`attend` chooses the best form for the platform, `attend_state` does so where there is a cache; `attend_plain`, which
-keeps every score, is the oracle they are tested against. Heads come before time ("BHTK"), so that each head's product
+`attend` chooses the best form for the platform, `attend_state` does so where there is a cache, `attend_kept` where the
+cache is only read; `attend_plain`, which keeps every score, is the oracle they are tested against. Heads come before time ("BHTK"), so that each head's product
 is one contiguous matrix product.
 """
 
@@ -75,3 +75,23 @@ def attend_state(q: Float[Array, "B H T K"], k: Float[Array, "B G T K"], v: Floa
                      lambda: attend(q, stored(k), stored(v), queries, rules),
                      lambda: attend_blocks(q, keys, values, queries, slots, rules, ordered=False))
     return y, new
+
+
+def attend_kept(q: Float[Array, "B H T K"], tokens: Tokens, state: KVCache,
+                rules: Rules = Rules()) -> Float[Array, "B H T K"]:
+    """Attention of a text's tokens, or of some of them, to the cache, which holds the keys of all the text already and
+    is not written: for layers that go over a text again and share its keys and values (`Tokens.keys` = "read").
+
+    What a query sees is told by places alone, so that tokens may be any, gathered from a row in any order. All slots
+    are scored, a block of queries at a time; gradients reach the cache. A windowed layer's ring holds what its newest
+    token sees: it is read by one token a row at most, which must be that one.
+
+    Raises: ValueError where several tokens read a ring, from which keys that the first ones see were pushed out.
+    """
+    T, slots = q.shape[2], state.keys.shape[2]
+    if T > 1 and slots == rules.sight.reach:
+        raise ValueError(f"{T} tokens cannot read a ring of {slots} slots, which lacks what the first of them see: keep "
+                         f"a piece's keys (Tokens.keys = 'keep'), or run windowed layers one token at a time")
+    args = (q, state.keys.astype(q.dtype), state.values.astype(q.dtype), Places(tokens.segments, tokens.positions),
+            Places(state.segments, state.positions), rules)
+    return attend_plain(*args) if T <= BLOCK else attend_blocks(*args, ordered=False)

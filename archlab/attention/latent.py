@@ -5,13 +5,15 @@ and one rotated key that all heads share. Over a cache heads are never made: wha
 query and to the output instead, so that attention is multi-query over the cache itself.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from archlab.attention.blocks import BLOCK, attend_blocks
-from archlab.attention.cache import KVCache
+from archlab.attention.cache import KVCache, kept
 from archlab.attention.core import attend, attend_plain
 from archlab.attention.positions import Rotary
 from archlab.attention.rules import Places, Rules
@@ -109,8 +111,11 @@ class LatentAttentionModule(Layer):
     def __call__(self, x, tokens: Tokens, state: KVCache | None = None):
         q, latents = self.queries_and_latents(x, tokens)
         places = Places(tokens.segments, tokens.positions)
-        if state is None:
-            y = self.expanded(q, latents, places)
+        if tokens.keys == "read":  # these tokens' own latents are dead code
+            y = self.reread(q, places, kept(self, state))
+        elif state is None:
+            y = self.expanded(attend, q, latents, places)
+            state = KVCache.of(latents, None, tokens) if tokens.keys == "keep" else None
         else:
             y, state = self.continued(q, latents, tokens, places, state)
         return add_bias(project(y, self.out, "BHTK,HKD->BTD"), self.out_bias), state, Aux()
@@ -130,13 +135,14 @@ class LatentAttentionModule(Layer):
             turned, key = config.positions.turn(turned, key, tokens)
         return jnp.concatenate([content, turned], -1), jnp.concatenate([latent[:, None], key], -1)
 
-    def expanded(self, q, latents, places: Places) -> Float[Array, "B H T C"]:
-        """Attention of a piece to itself: keys and values are made for every head, which is the cheaper where each
-        token is met by many queries."""
+    def expanded(self, attend, q, latents, *places: Places) -> Float[Array, "B H T C"]:
+        """By `attend` over keys and values made for every head, which is the cheaper where each token is met by many
+        queries."""
         latent, key = jnp.split(latents, [self.config.rank], -1)
         heads = lambda weight: project(latent[:, 0], weight, "BTN,NHK->BHTK")
-        k = jnp.concatenate([heads(self.key_up), jnp.broadcast_to(key, (*q.shape[:3], key.shape[-1]))], -1)
-        return attend(q, k, heads(self.value_up), places, self.config.rules)
+        content = heads(self.key_up)
+        k = jnp.concatenate([content, jnp.broadcast_to(key, (*content.shape[:3], key.shape[-1]))], -1)
+        return attend(q, k, heads(self.value_up), *places, self.config.rules)
 
     def absorbed(self, attend, q, latents: Float[Array, "B 1 S N+Q"], places: Places, slots: Places, **options):
         """The same by `attend` over latents as they are: q (c W) = (q W^T) c, and (weights c) W for values. They serve
@@ -145,6 +151,13 @@ class LatentAttentionModule(Layer):
         q = jnp.concatenate([project(content, self.key_up, "BHTK,NHK->BHTN"), turned], -1)
         y = attend(q, latents, latents, places, slots, self.config.rules, **options)
         return project(y[..., : self.config.rank], self.value_up, "BHTN,NHK->BHTK")
+
+    def reread(self, q, places: Places, state: KVCache) -> Float[Array, "B H T C"]:
+        """Attention to what the cache holds, and to that alone."""
+        args = q, state.keys.astype(q.dtype), places, Places(state.segments, state.positions)
+        if q.shape[2] <= BLOCK:
+            return self.absorbed(attend_plain, *args)
+        return self.expanded(functools.partial(attend_blocks, ordered=False), *args)
 
     def continued(self, q, latents, tokens: Tokens, places: Places, state: KVCache):
         """Attention of a piece to what the cache holds and to itself, and the cache with the piece written."""
@@ -156,6 +169,6 @@ class LatentAttentionModule(Layer):
         if length <= BLOCK:
             return self.absorbed(attend_plain, q, *cached), new
         y = jax.lax.cond((state.cursor == 0).all(),  # most long pieces begin a text
-                         lambda: self.expanded(q, latents.astype(new.keys.dtype).astype(q.dtype), places),
+                         lambda: self.expanded(attend, q, latents.astype(new.keys.dtype).astype(q.dtype), places),
                          lambda: self.absorbed(attend_blocks, q, *cached, ordered=False))
         return y, new
