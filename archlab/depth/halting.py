@@ -10,26 +10,31 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from archlab.layers.alphabet import parameter, project
-from archlab.layers.config import Config, require
+from archlab.layers.config import Config, near, require
 from archlab.layers.contract import Aux, Place, Tokens, pytree, wide
+
+
+MIXTURES = ("running", "accumulated")
 
 
 class ACT(Config):
     """Halting by a probability `p = sigmoid(w . h + b)`, taken from the state h before each step.
 
-    A token halts at the step where its sum of p would exceed 1 - epsilon. The steps' outputs are mixed by a running
-    interpolation `s <- u f(h) + (1 - u) s` from s = 0, where u is p for a token that goes on, what was left of 1 (the
-    remainder) at its last step, and 0 afterwards.
+    A token halts at the step where its sum of p would exceed 1 - epsilon. The steps' outputs f(h) are mixed with shares
+    u, which are p for a token that goes on, what was left of 1 (the remainder) at its last step, and 0 afterwards.
 
     epsilon: in (0, 1). bias: b at the start; 1.0 begins with about two steps. ponder: the weight of the loss
-    `mean(steps + remainder)` over real tokens, which makes thinking cost something.
+    `mean(steps + remainder)` over real tokens, which makes thinking cost something. mixture: "running", the Universal
+    Transformer's interpolation `s <- u f(h) + (1 - u) s` from s = 0, or "accumulated", Graves' mean `s <- s + u f(h)`.
     """
 
     epsilon: float = 0.01
     bias: float = 1.0
     ponder: float = 0.01
+    mixture: str = "running"
 
     def __post_init__(self):
+        require(self.mixture in MIXTURES, self, "mixture", near(self.mixture, MIXTURES))
         require(0 < self.epsilon < 1, self, "epsilon", "must lie between 0 and 1 (0.01: halt at a sum of 0.99)")
         require(self.ponder >= 0, self, "ponder", "must be 0 (none) or positive")
 
@@ -70,8 +75,9 @@ class ACTModule(nnx.Module):
         remainder = jnp.where(halts, 1 - now.total, now.remainder)
         share = jnp.where(goes_on, p, jnp.where(halts, remainder, 0))
         mix = share[:, :, None].astype(after.dtype)
+        kept = 1 - mix if self.config.mixture == "running" else 1
         return Halting(now.total + jnp.where(goes_on, p, 0), remainder, now.steps + now.running, goes_on,
-                       mix * after + (1 - mix) * now.output)
+                       mix * after + kept * now.output)
 
     def said(self, end: Halting, tokens: Tokens) -> Aux:
         """The ponder loss; traces steps [B, T] and ponder, the mean of steps + remainder over real tokens.

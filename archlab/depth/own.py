@@ -12,7 +12,7 @@ from flax import nnx
 
 from archlab.layers.alphabet import dims, lettered, reuse, variables_of
 from archlab.layers.config import LayerConfig, require
-from archlab.layers.contract import Layer, Place
+from archlab.layers.contract import Place
 from archlab.layers.low_rank import CorrectedModule
 
 
@@ -95,8 +95,8 @@ def of_recursion(unit: nnx.Module, i) -> nnx.Module:
 
 
 def join_updates(unit: nnx.Module, updates: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """What n recursions want of the unit's variables, stacked [n, ...]: summed where shared, each for its own elsewhere.
-    """
+    """What n recursions, stacked [n, ...], want of the unit's variables: summed where these are shared, and otherwise
+    each for its own copy."""
     own = {path: v for path, v in variables_of(unit).items() if _is_own(path, v)}
     return {path: jnp.moveaxis(steps, 0, _axis(own[path])) if path in own else steps.sum(0)
             for path, steps in updates.items()}
