@@ -81,6 +81,7 @@ class Work:
         from archlab.data import validation_batches
         from archlab.inference.timing import time_generation
         from archlab.training.accuracy import make_score_step, score
+        from archlab.training.look_ahead import look_ahead
         from archlab.training.loop import train
 
         place = f"[{len(self.rows) + 1}/{self.total}] {name}"
@@ -94,6 +95,12 @@ class Work:
             held_out = validation_batches(self.corpus, self.tokenizer, run.context, run.batch, FLAGS.eval_batches)
             found = score(make_score_step(result.structure), result.state.params, result.state.rest, held_out)
             accuracy = {"validation_accuracy": found.accuracy}
+        ahead = {"look_ahead_bits": None, "routing_agreement": None, "look_ahead": {}}
+        if run.model.body.looks_ahead:
+            held_out = validation_batches(self.corpus, self.tokenizer, run.context, run.batch, FLAGS.eval_batches)
+            found = look_ahead(model, held_out, self.tokenizer.bytes_per_token)
+            ahead = {"look_ahead_bits": found.ahead.bits_per_byte, "routing_agreement": found.agreement,
+                     "look_ahead": found.as_dict()}
         self.trained += 1
         spent, left = time.perf_counter() - self.began, self.total - len(self.rows) - 1
         print(f"{place}: {result.evaluation.bits_per_byte:.3f} {measure.short}; "
@@ -102,7 +109,7 @@ class Work:
             "model": name, "seed": run.seed, "learning_rate": run.optimizer.learning_rate, "folder": str(folder),
             "steps": run.steps, "tokens": run.steps * run.batch * run.context,
             "training_flops": flops_per_token * run.steps * run.batch * run.context,
-            measure.key: result.evaluation.bits_per_byte, **accuracy,
+            measure.key: result.evaluation.bits_per_byte, **accuracy, **ahead,
             "train_tokens_per_second": result.tokens_per_second, "compile_seconds": result.compile_seconds,
             "first_token_seconds": speed.first_token, "decode_tokens_per_second": speed.tokens_per_second,
             "state_bytes": {str(context): state_bytes(run.model, context) for context in comparison.CONTEXTS},

@@ -2,7 +2,8 @@
 
     python -m experiments.train --model=transformer-tiny --steps=200 --out=runs/transformer
 
-Writes under --out: metrics.jsonl (a line per logged step), config.json, checkpoints, TensorBoard's files.
+Writes under --out: metrics.jsonl (a line per logged step), config.json, checkpoints, TensorBoard's files; of a model
+whose routing looks ahead in training, look_ahead.json: the losses with and without, and how far the routings agree.
 Exit codes: 0 done; 2 bad input; 3 diverged (the last good checkpoint stays); 75 interrupted by SIGTERM or Ctrl-C, all
 saved: the same command goes on.
 
@@ -11,6 +12,8 @@ the first 20 validation batches, from 8.7 at the start. Cost: 0.4 M tokens,
 3 minutes on four CPU cores that also did other work.
 """
 
+import contextlib
+import json
 from pathlib import Path
 
 from absl import flags
@@ -50,7 +53,9 @@ def main() -> None:
     import jax  # after joining: what touches a device must not come before
 
     from archlab.analysis.accounts import profile
-    from archlab.parallel.mesh import make_mesh
+    from archlab.data import load_corpus, tokenizer_from, validation_batches
+    from archlab.parallel.mesh import make_mesh, process_share
+    from archlab.training.look_ahead import look_ahead
     from archlab.training.loop import Run, train
     from archlab.training.optimizers import Optimizer
     from archlab.training.recorder import Diverged
@@ -62,14 +67,25 @@ def main() -> None:
               FLAGS.accumulate, optimizer)
     common.same_code(Path(FLAGS.out), FLAGS.model)
     mesh = make_mesh(FLAGS.mesh) if FLAGS.mesh or jax.device_count() > 1 else None
+    corpus = load_corpus(run.data)
+    tokenizer = tokenizer_from(run.tokenizer, corpus)
     try:
-        result = train(run, out=FLAGS.out, mesh=mesh, name=FLAGS.model, log_every=FLAGS.log_every,
+        result = train(run, corpus, tokenizer, out=FLAGS.out, mesh=mesh, name=FLAGS.model, log_every=FLAGS.log_every,
                        eval_every=FLAGS.eval_every, eval_batches=FLAGS.eval_batches or None,
                        checkpoint_every=FLAGS.checkpoint_every, keep=FLAGS.keep, wandb=FLAGS.wandb,
                        flops_per_token=profile(model, FLAGS.context).training.matmul)
     except Diverged as error:
         common.leave(f"{FLAGS.model} {error}", code=3)
+    ahead = None
+    if model.body.looks_ahead:
+        share = (0, 1) if mesh is None else process_share(mesh)
+        held_out = validation_batches(corpus, tokenizer, run.context, run.batch, FLAGS.eval_batches or None, *share)
+        with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
+            ahead = look_ahead(result.model, held_out, tokenizer.bytes_per_token, mesh)
     if jax.process_index() == 0:
+        if ahead is not None:
+            print(ahead)
+            (Path(FLAGS.out) / "look_ahead.json").write_text(json.dumps(ahead.as_dict(), indent=1))
         print(f"{FLAGS.model}: validation {result.evaluation.bits_per_byte:.3f} bits/byte, "
               f"{result.tokens_per_second:,.0f} tokens/s, in {FLAGS.out}\n"
               f"next: python -m experiments.generate --checkpoint={FLAGS.out}{common.code_flag(FLAGS.model)} "

@@ -17,6 +17,7 @@ from archlab.analysis.inside import Inside
 from archlab.analysis.report import Report
 
 CONTEXTS = (1024, 4096, 32768)
+AHEAD = {"look_ahead_bits": "with look-ahead (leaky)", "routing_agreement": "routings agree"}
 
 
 class Measure(NamedTuple):
@@ -38,7 +39,9 @@ def measure_of(rows: Sequence[dict]) -> Measure:
 
 def summarise(runs: Mapping[str, Sequence[dict]], profiles: Mapping[str, Profile]) -> list[dict]:
     """A row per architecture: its size and cost, the mean over seeds of what was measured and the spread (sample
-    standard deviation; None for one seed). Of runs on a task, their accuracy too."""
+    standard deviation; None for one seed). Of runs on a task, their accuracy too. Of models whose training form looks
+    ahead: look_ahead_bits, what was measured under that routing, and routing_agreement, how many tokens it sends as
+    deep as the causal one (None where no layer has a depth)."""
     table = []
     for name, rows in runs.items():
         mean = lambda key: statistics.fmean(row[key] for row in rows)
@@ -52,6 +55,7 @@ def summarise(runs: Mapping[str, Sequence[dict]], profiles: Mapping[str, Profile
             "flops_per_token": profiles[name].training.total, "training_flops": mean("training_flops"),
             "tokens": rows[0]["tokens"], **accuracy, measure: statistics.fmean(losses),
             "spread": statistics.stdev(losses) if len(losses) > 1 else None,
+            **{key: None if rows[0].get(key) is None else mean(key) for key in AHEAD},
             "training_seconds": statistics.fmean(row["history"][-1]["seconds"] for row in rows),
             **{key: mean(key) for key in ("train_tokens_per_second", "compile_seconds", "first_token_seconds",
                                           "decode_tokens_per_second")},
@@ -144,7 +148,8 @@ def write_report(out: Path, runs: Mapping[str, Sequence[dict]], table: Sequence[
                 "training FLOPs a run": short(best["training_flops"]), "seeds": seeds})
     page.section("Result")
     accuracy = {"validation_accuracy": "accuracy"} if measure is TASK else {}
-    columns = {"model": "model", **accuracy, measure.key: measure.label, "spread": "spread",
+    ahead = {key: label for key, label in AHEAD.items() if any(row[key] is not None for row in table)}
+    columns = {"model": "model", **accuracy, measure.key: measure.label, "spread": "spread", **ahead,
                "parameters_total": "parameters", "parameters_active": "active", "tokens": "tokens",
                "flops_per_token": "FLOPs per token", "training_seconds": "seconds",
                "train_tokens_per_second": "train tokens/s", "first_token_seconds": "first token, s",
@@ -153,8 +158,13 @@ def write_report(out: Path, runs: Mapping[str, Sequence[dict]], table: Sequence[
     page.table(list(columns.values()), [[row[key] for key in columns] for row in ranked],
                "Lowest loss first. `results.csv` has every figure, `runs.csv` every run.",
                {measure.label: ".3f", "accuracy": ".3f", "spread": ".3f", "first token, s": ".3f",
-                "learning rate": ".1e"}, plots.palette(runs))
+                "learning rate": ".1e", AHEAD["look_ahead_bits"]: ".3f", AHEAD["routing_agreement"]: ".1%"},
+               plots.palette(runs))
     page.text(verdict(ranked))
+    if ahead:
+        page.text("Some of these models are trained by a routing that looks at later tokens, which leaks and is no way "
+                  "to generate. What ranks them is their loss under causal routing; that of the other, and the share "
+                  "of tokens that both send equally deep, stand beside it.")
     page.section("Curves")
     page.figures([pair for file, pair in drawn.items() if not file.startswith("expert_load")])
     page.section("A look inside")

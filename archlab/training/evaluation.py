@@ -10,8 +10,9 @@ import numpy as np
 from flax import nnx
 
 from archlab.data.batches import Batch
-from archlab.layers.contract import count_positions
+from archlab.layers.contract import Training, count_positions
 from archlab.layers.weights import merge
+from archlab.model import Model
 from archlab.parallel.mesh import global_batch
 from archlab.training.objectives import prepare, run
 
@@ -50,25 +51,35 @@ def make_evaluate_step(structure: nnx.GraphDef, bytes_per_token: np.ndarray):
     """A jitted function of (params, rest, batch) that gives the sums of an `Evaluation` over one batch."""
     def step(params, rest, batch: Batch):
         model = merge(structure, params, rest)
-        batch = prepare(model.config, batch, jax.random.key(0))
-        out = run(model, batch)
-        nats = model.losses(out.hidden, batch.targets) * batch.weights
-        none = jnp.zeros(batch.ids.shape[0], jnp.int32)
-        positions, _, _ = count_positions(batch.segments, none, none)
-        by_place = lambda values: jnp.zeros(batch.ids.shape[1]).at[positions].add(values)
-        return (by_place(nats), by_place(batch.weights),
-                jnp.sum(jnp.asarray(bytes_per_token)[batch.targets] * batch.weights))
+        return sums_over(model, prepare(model.config, batch, jax.random.key(0)), bytes_per_token)[0]
 
     return jax.jit(step)
 
 
+def sums_over(model: Model, batch: Batch, bytes_per_token: np.ndarray, training: Training | None = None):
+    """The sums of an `Evaluation` over one prepared batch, and what the layers said. training: for the training form."""
+    out = run(model, batch, training)
+    nats = model.losses(out.hidden, batch.targets) * batch.weights
+    none = jnp.zeros(batch.ids.shape[0], jnp.int32)
+    positions, _, _ = count_positions(batch.segments, none, none)
+    by_place = lambda values: jnp.zeros(batch.ids.shape[1]).at[positions].add(values)
+    length = jnp.sum(jnp.asarray(bytes_per_token)[batch.targets] * batch.weights)
+    return (by_place(nats), by_place(batch.weights), length), out.aux
+
+
 def evaluate(step, params, rest, batches: Iterable[Batch], mesh=None) -> Evaluation:
     """The sums over all `batches`; `step` is from `make_evaluate_step`. ValueError where there is no batch."""
+    return Evaluation(*totals(step, params, rest, batches, mesh))
+
+
+def totals(step, params, rest, batches: Iterable[Batch], mesh=None):
+    """The sum over all `batches` of what `step(params, rest, batch)` gives, a pytree, in float64. ValueError where there
+    is no batch."""
     total, waiting = None, None
 
     def add(sums):
-        sums = [np.asarray(value, np.float64) for value in sums]
-        return sums if total is None else [old + new for old, new in zip(total, sums)]
+        sums = jax.tree.map(lambda value: np.asarray(value, np.float64), sums)
+        return sums if total is None else jax.tree.map(np.add, total, sums)
 
     for batch in batches:
         sums = step(params, rest, batch if mesh is None else global_batch(batch, mesh))
@@ -77,4 +88,4 @@ def evaluate(step, params, rest, batches: Iterable[Batch], mesh=None) -> Evaluat
         waiting = sums
     if waiting is None:
         raise ValueError("there is no batch to evaluate on")
-    return Evaluation(*add(waiting))
+    return add(waiting)

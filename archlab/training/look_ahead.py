@@ -1,0 +1,93 @@
+"""What a look ahead is worth: the loss when routers choose among all of a row's tokens, and when they may not.
+
+A router that takes a row's best tokens sees later ones: that is how it is trained (Mixture-of-Depths, arXiv:2404.02258;
+Mixture-of-Recursions, arXiv:2507.10524; expert choice, arXiv:2202.09368), and no way to generate. Three numbers tell
+what the causal rule in its place costs: both losses, and how often the two routings agree.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from archlab.data.batches import Batch
+from archlab.layers.config import Config
+from archlab.layers.contract import Training
+from archlab.layers.traces import per_layer
+from archlab.layers.weights import merge, split
+from archlab.model import LanguageModel, Model
+from archlab.training.evaluation import Evaluation, sums_over, totals
+from archlab.training.objectives import prepare
+from archlab.training.step import abstract
+
+LATE = 2**30  # a step after all warm-ups
+
+
+@dataclasses.dataclass(frozen=True)
+class LookAhead:
+    """Both evaluations of one text. ahead: leaky, in the training form without dropout. causal: the one that counts.
+
+    agreement: the share of tokens that go equally deep in both, in every layer; None for a model without depth.
+    routers: path -> the share of candidates on which, in the look ahead, the causal rule (before budgets) and the choice
+    made agree; of experts: of pairs of a token and an expert. It is what a predictor predicts. MoR's are numbered.
+    """
+
+    ahead: Evaluation
+    causal: Evaluation
+    agreement: float | None
+    routers: dict[str, float]
+
+    def as_dict(self) -> dict:
+        """For JSON: losses in nats per target, bits per byte, agreement, routers."""
+        return {"look_ahead_loss": self.ahead.loss, "causal_loss": self.causal.loss,
+                "look_ahead_bits_per_byte": self.ahead.bits_per_byte, "causal_bits_per_byte": self.causal.bits_per_byte,
+                "agreement": self.agreement, "routers": self.routers}
+
+    def __str__(self) -> str:
+        """The three numbers as lines."""
+        lines = [f"loss, look-ahead routing (leaky)   {self.ahead.loss:>8.4f}",
+                 f"loss, causal routing               {self.causal.loss:>8.4f}"]
+        if self.agreement is not None:
+            lines.append(f"tokens on which the two agree      {self.agreement:>8.2%}")
+        lines += [f"rule against choice made           {share:>8.2%}  {path}" for path, share in self.routers.items()]
+        return "\n".join(lines)
+
+
+def look_ahead(model: Model, batches: Iterable[Batch], bytes_per_token: np.ndarray, mesh=None,
+               seed: int = 0) -> LookAhead:
+    """Evaluates a model both ways. seed: of what the training form draws. ValueError where there is no batch, or where
+    the model's training form does not look ahead."""
+    if not model.config.body.looks_ahead:
+        raise ValueError("the training form of this model does not look ahead: there is one loss, that of `evaluate`")
+    structure, params, rest = split(model)
+    steady = split(abstract(without_dropout(model.config)))[0]
+
+    def step(params, rest, batch: Batch):
+        causal_model, model = merge(structure, params, rest), merge(steady, params, rest)
+        batch = prepare(model.config, batch, jax.random.key(seed))
+        causal, said = sums_over(causal_model, batch, bytes_per_token)
+        training = Training(jax.random.key(seed), jnp.int32(LATE))
+        ahead, told = sums_over(model, batch, bytes_per_token, training)
+        depths = [(said.traces[path], told.traces[path]) for path in said.traces if path.split("/")[-1] == "depth"]
+        depths = [(a, b) for a, b in depths if a.shape == b.shape and a.shape[-2:] == batch.ids.shape]
+        differ = jnp.zeros(batch.ids.shape, bool)
+        for a, b in depths:  # padding is 0 deep in both, wherever it stands
+            differ |= (a != b).reshape(-1, *differ.shape).any(0)
+        agreements = {path: value for path, value in told.traces.items() if path.split("/")[-1] == "agreement"}
+        return ahead, causal, (differ.sum(), (batch.segments > 0).sum(), bool(depths)), agreements, jnp.ones(())
+
+    ahead, causal, (differ, tokens, deep), agreements, count = totals(jax.jit(step), params, rest, batches, mesh)
+    routers = {path: float(total / count) for path, total in per_layer(agreements, "agreement", 0).items()}
+    return LookAhead(Evaluation(*ahead), Evaluation(*causal), 1 - float(differ / max(tokens, 1)) if deep else None,
+                     routers)
+
+
+def without_dropout(config: LanguageModel) -> LanguageModel:
+    """The config with every dropout at 0: the same weights fit."""
+    def change(part: Config) -> Config:
+        dropping = getattr(part, "dropout", 0)
+        return part.set("dropout", 0.0) if isinstance(dropping, float) and dropping else part
+
+    return config.map(change)
