@@ -85,7 +85,7 @@ class MixtureOfDepthsModule(Layer):
         return RouteState(unit, numbers(), numbers(), numbers(), slots)
 
     def __call__(self, x, tokens: Tokens, state: RouteState | None = None):
-        (B, T, _), none = x.shape, jnp.zeros(x.shape[:1], jnp.int32)
+        T, none = x.shape[1], jnp.zeros(x.shape[:1], jnp.int32)
         look_ahead = tokens.training is not None and state is None
         last, length, passed, past = ((none, none, none, None) if state is None else
                                       (state.segment, state.length, state.passed, state.unit))

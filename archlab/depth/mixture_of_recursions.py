@@ -28,7 +28,7 @@ class MixtureOfRecursions(LayerConfig):
     """`unit` applied up to `n` times with one set of weights; recursion r is for a share of the tokens only.
 
     Tokens that go through a recursion see each other only, and are the next one's candidates; the others keep what they
-    have. With unit meaning all of it, its own residual paths too, as in the paper and its code, and g the router's gate:
+    have. Unit means all of it, its own residual paths too, as in the paper and its code, and g is the router's gate:
 
       router=TopTokens():   h <- h + g_r unit(h); each recursion chooses its tokens (expert choice).
       router=DepthChoice(): h <- g_r unit(h), to whose last the token's h before all recursions is added (token choice).

@@ -86,9 +86,10 @@ def test_against_loop(float64, config, look_ahead):
         np.testing.assert_allclose(aux.traces["agreement"], agree, rtol=1e-9)
 
 
-@pytest.mark.parametrize("config", [MixtureOfDepths(BLOCK, 0.25, slack=0.5), MixtureOfDepths(BLOCK, 0.5, RandomTokens()),
-                                    MixtureOfDepths(Residual(Mamba(state=4)), 0.4, PREDICTED)],
-                         ids=["block", "random", "mamba"])
+@pytest.mark.parametrize("config", [
+    MixtureOfDepths(BLOCK, 0.25, slack=0.5), MixtureOfDepths(BLOCK, 0.5, RandomTokens()),
+    MixtureOfDepths(Residual(Mamba(state=4)), 0.4, PREDICTED),
+], ids=["block", "random", "mamba"])
 def test_splits_packing_and_padding(float64, config):
     made, x = module(config), stream()
     run = jax.jit(lambda x, tokens, state: made(x, tokens, state))
