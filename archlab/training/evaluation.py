@@ -57,7 +57,7 @@ def make_evaluate_step(structure: nnx.GraphDef, bytes_per_token: np.ndarray):
 
 
 def sums_over(model: Model, batch: Batch, bytes_per_token: np.ndarray, training: Training | None = None):
-    """The sums of an `Evaluation` over one prepared batch, and what the layers said. training: for the training form."""
+    """The sums of an `Evaluation` over one prepared batch, and what layers said. training: for the training form."""
     out = run(model, batch, training)
     nats = model.losses(out.hidden, batch.targets) * batch.weights
     none = jnp.zeros(batch.ids.shape[0], jnp.int32)
@@ -73,8 +73,8 @@ def evaluate(step, params, rest, batches: Iterable[Batch], mesh=None) -> Evaluat
 
 
 def totals(step, params, rest, batches: Iterable[Batch], mesh=None):
-    """The sum over all `batches` of what `step(params, rest, batch)` gives, a pytree, in float64. ValueError where there
-    is no batch."""
+    """The sum over all `batches` of what `step(params, rest, batch)` gives, a pytree, in float64. ValueError where
+    there is no batch."""
     total, waiting = None, None
 
     def add(sums):

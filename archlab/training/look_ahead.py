@@ -30,8 +30,8 @@ class LookAhead:
     """Both evaluations of one text. ahead: leaky, in the training form without dropout. causal: the one that counts.
 
     agreement: the share of tokens that go equally deep in both, in every layer; None for a model without depth.
-    routers: path -> the share of candidates on which, in the look ahead, the causal rule (before budgets) and the choice
-    made agree; of experts: of pairs of a token and an expert. It is what a predictor predicts. MoR's are numbered.
+    routers: path -> the share of candidates on which, in the look ahead, the causal rule (before budgets) and the
+    choice made agree: how well a predictor predicts; of experts, of pairs of a token and an expert.
     """
 
     ahead: Evaluation

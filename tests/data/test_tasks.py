@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from archlab.data.tasks import TASKS, Draws, MQAR, Needle, get_task, task_batches, test_batches
-from archlab.data.tasks import (Compression, Copying, FuzzyRecall, InContextRecall, InductionHeads, ListOps,
+from archlab.data.tasks import (Addition, Compression, Copying, FuzzyRecall, InContextRecall, InductionHeads, ListOps,
                                 Memorisation, ModularArithmetic, Parity, Phonebook, SelectiveCopying, WordProblem)
 from archlab.data.tasks.tracking import group_table
 
@@ -87,8 +87,20 @@ def solve_selective(task, x):
 
 def solve_copying(task, x):
     mark = x.index(task.letters)
-    assert task.shortest <= mark <= task.length and x[:mark - 1] == x[mark + 1:]
-    return {mark + i: token for i, token in enumerate(x[:mark])}
+    answer = x[:mark][::-1] if task.backwards else x[:mark]
+    assert task.shortest <= mark <= task.length and answer[:-1] == x[mark + 1:]
+    return {mark + i: token for i, token in enumerate(answer)}
+
+
+def solve_addition(task, x):
+    """Python's own addition, of numbers to the base."""
+    plus, equals = x.index(task.base), x.index(task.base + 1)
+    value = lambda digits: sum(digit * task.base**i for i, digit in enumerate(digits))
+    total, size = value(x[:plus]) + value(x[plus + 1:equals]), equals - plus - 1
+    assert task.shortest <= size == plus <= task.length
+    answer = [total // task.base**i % task.base for i in range(size + 1)]
+    assert total < task.base**(size + 1) and x[equals + 1:] == answer[:-1]
+    return {equals + i: digit for i, digit in enumerate(answer)}
 
 
 def solve_compression(task, x):
@@ -149,7 +161,8 @@ def solve_needle(task, x):
 
 
 SOLVERS = {MQAR: solve_mqar, InductionHeads: solve_induction, InContextRecall: solve_recall, FuzzyRecall: solve_fuzzy,
-           SelectiveCopying: solve_selective, Copying: solve_copying, Compression: solve_compression,
+           SelectiveCopying: solve_selective, Copying: solve_copying, Addition: solve_addition,
+           Compression: solve_compression,
            Memorisation: solve_memorisation, Parity: solve_parity, ModularArithmetic: solve_arithmetic,
            WordProblem: solve_words, ListOps: solve_list, Phonebook: solve_phonebook, Needle: solve_needle}
 MEMORY = dict(pair for x, answers in rows_of(Memorisation(), 200, seed=9) for pair in
@@ -300,6 +313,7 @@ def test_sides_of_a_task():
     (lambda: MQAR(symbols=8), "MQAR.symbols = 8: must be at least 10"),
     (lambda: Parity(shortest=9, length=8), "length = 8: must be at least shortest = 9"),
     (lambda: ModularArithmetic(every=True), "every = True: must be False"),
+    (lambda: Addition(shortest=3, length=2), "Addition.length = 2: must be at least shortest = 3"),
     (lambda: WordProblem(group="S6"), "group = 'S6': did you mean S5"),
     (lambda: InContextRecall(noise_share=0.1), "noise_symbols = 0"),
     (lambda: InductionHeads(length=8, marks=5), "marks = 5: must be from 2 to length / 2 = 4"),

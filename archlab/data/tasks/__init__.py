@@ -3,6 +3,7 @@
 A name stands for a task with its published settings; NAME-tiny for one that small models learn on a CPU in minutes.
 """
 
+from archlab.data.tasks.arithmetic import Addition
 from archlab.data.tasks.copying import Compression, Copying, Memorisation, SelectiveCopying
 from archlab.data.tasks.recall import MQAR, FuzzyRecall, InContextRecall, InductionHeads
 from archlab.data.tasks.task import Draws, Task, task_batches, test_batches
@@ -29,6 +30,10 @@ TASKS: dict[str, Task] = {
     "selective-copying-tiny": SelectiveCopying(symbols=10, length=32, tokens=6),
     "copying": Copying(),
     "copying-tiny": Copying(shortest=5, length=30),
+    "reversing": Copying(backwards=True),
+    "reversing-tiny": Copying(shortest=5, length=30, backwards=True),
+    "addition": Addition(),
+    "addition-tiny": Addition(length=6),
     "phonebook": Phonebook(),
     "phonebook-tiny": Phonebook(entries=6, questions=2),
     "mad-in-context-recall": InContextRecall(),
@@ -52,6 +57,7 @@ def get_task(name: str) -> Task:
 
 
 __all__ = [
+    "Addition",
     "Compression",
     "Copying",
     "Draws",

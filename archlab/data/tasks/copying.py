@@ -63,6 +63,7 @@ class Copying(Task):
         a b c a C a b c      at C and at each copied token: the next token of the string
 
     Strings of `shortest` to `length` of 26 letters; rows end in padding. Tested on longer strings. Chance: 1 / letters.
+    backwards: the last letter first (reversal, as of Dehghani et al. 2018, arXiv:1807.03819, table 4).
 
     Theory: a state of S bits holds S bits of a string, so recurrences copy what fits and no more, and learn it slowly;
     two layers of attention copy strings of any length by looking for what followed the last few letters, and reach
@@ -72,6 +73,7 @@ class Copying(Task):
     letters: int = 26
     shortest: int = 10
     length: int = 300
+    backwards: bool = False
 
     def __post_init__(self):
         positive(self, "shortest")
@@ -99,9 +101,10 @@ class Copying(Task):
         size = self.shortest + draws.below(self.length + 1 - self.shortest, 1)
         places = np.arange(2 * self.length)
         text = lambda at: np.take_along_axis(string, np.clip(at, 0, self.length - 1), 1)
-        ids = np.where(places < size, text(places + 0 * size), text(places - size - 1))
+        answer = lambda i: text(size - 1 - i if self.backwards else i)
+        ids = np.where(places < size, text(places + 0 * size), answer(places - size - 1))
         ids = np.where(places == size, self.letters, ids)
-        return as_batch(ids, text(places - size), places >= size, 2 * size[:, 0])
+        return as_batch(ids, answer(places - size), places >= size, 2 * size[:, 0])
 
 
 class Compression(Task):
