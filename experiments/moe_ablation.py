@@ -28,6 +28,7 @@ from pathlib import Path
 
 from absl import flags
 
+from archlab.analysis.paired import half_interval, told_apart
 from archlab.experts.balance import SwitchLoss, ZLoss
 from archlab.experts.capacity import Capacity
 from archlab.experts.moe import MoE
@@ -188,9 +189,7 @@ def summarise(rows: list[dict]) -> list[dict]:
 
 
 def verdicts(rows: list[dict], table: list[dict]) -> list[str]:
-    """What held of each expectation, in words. Arms of one seed read the same text in the same order, so it is their
-    differences, seed by seed, that an interval is made of; where it holds 0 the arms are not told apart. Of one seed
-    nothing is said."""
+    """What held of each expectation, in words. Of one seed nothing is said."""
     bits = {(row["study"], row["arm"], row["seed"]): row["bits_per_byte"] for row in rows}
     lines = []
     for study in dict.fromkeys(row["study"] for row in table):
@@ -198,21 +197,10 @@ def verdicts(rows: list[dict], table: list[dict]) -> list[str]:
         for worse, better in zip(mine, mine[1:]) if mine[0]["seeds"] > 1 else ():
             names = better["arm"], worse["arm"]
             gaps = [bits[study, names[1], seed] - bits[study, names[0], seed] for seed in range(worse["seeds"])]
-            gap, noise = statistics.fmean(gaps), half_interval(gaps)
-            said = "is better than" if gap > noise else "is WORSE than" if gap < -noise else "is not told apart from"
-            lines.append(f"{study}: {names[0]!r} {said} {names[1]!r} ({gap:+.4f} bits/byte, +- {noise:.4f})")
+            lines.append(f"{study}: {told_apart(*names, gaps)}")
         lines += [f"{study}: {row['arm']!r} has MaxVio {row['max_violation']:.2f}, {row['starved']:.0%} of its experts "
                   "starved" for row in mine if study in ("balancing", "collapse")]
     return lines
-
-
-def half_interval(values: list[float]) -> float:
-    """Half of a 95% interval of the mean (Student's t)."""
-    from scipy.stats import t
-
-    if len(values) < 2 or not all(map(math.isfinite, values)):
-        return math.nan
-    return float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def as_text(table: list[dict]) -> str:

@@ -1,4 +1,4 @@
-"""Many short runs of one model on one task: compiled once, for all learning rates and seeds.
+"""Many short runs of one model: compiled once, for all learning rates and seeds.
 
 The rate and the seed are inputs of the programs, not parts of them: a trial costs its steps and nothing else.
 """
@@ -6,7 +6,7 @@ The rate and the seed are inputs of the programs, not parts of them: a trial cos
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from archlab.data.batches import Batch
 from archlab.data.tasks import Task, task_batches, test_batches
 from archlab.layers.weights import split
 from archlab.model import LanguageModel
@@ -25,27 +26,31 @@ EVERY = 50  # steps between looks at the loss, which wait for the device
 
 
 @dataclasses.dataclass(frozen=True)
-class Trial:
-    """A finished run. validation: on the task itself. seconds: of training. steps: taken, fewer than asked for where
-    the loss was no longer finite (`diverged`)."""
+class Fit:
+    """Trained weights. seconds: of training. steps: taken, fewer than asked for where the loss was no longer finite
+    (`diverged`)."""
 
     params: dict[str, jax.Array]
     rest: dict[str, jax.Array]
-    validation: Score
     seconds: float
     steps: int
     diverged: bool
 
 
-class Trials:
-    """The runs of one model on one task, all of `steps` steps of `batch` rows."""
+@dataclasses.dataclass(frozen=True)
+class Trial(Fit):
+    """A finished run. validation: on the task itself."""
 
-    def __init__(self, model: LanguageModel, task: Task, steps: int, batch: int, optimizer: Optimizer = Optimizer()):
-        """optimizer: its learning rate is left to the trials."""
-        self.model, self.task, self.steps, self.batch = model, task, steps, batch
-        if task.vocab > model.vocab:
-            raise ValueError(f"the task has {task.vocab} symbols, more than the model's vocab = {model.vocab}")
-        # Adam's direction at the rate 1, its decay and its schedule included, times the trial's rate.
+    validation: Score
+
+
+class Fits:
+    """Trainings of one model, all of `steps` steps."""
+
+    def __init__(self, model: LanguageModel, steps: int, optimizer: Optimizer = Optimizer()):
+        """optimizer: its learning rate is left to the trainings."""
+        self.model, self.steps = model, steps
+        # Adam's direction at the rate 1, its decay and its schedule included, times the training's rate.
         direction = dataclasses.replace(optimizer, learning_rate=1.0).build(parameters(model), steps)
         transform = optax.chain(direction, optax.inject_hyperparams(optax.scale)(step_size=1.0))
 
@@ -55,16 +60,15 @@ class Trials:
             scale = scale._replace(hyperparams={"step_size": rate})
             return TrainState(params, rest, (direction, scale), jnp.zeros((), jnp.int32))
 
-        structure = split(abstract(model))[0]
+        self.structure = split(abstract(model))[0]
         self._begin = jax.jit(begin)
-        self._step = make_train_step(structure, transform, np.ones(model.vocab, np.int32))
-        self._score = make_score_step(structure)
+        self._step = make_train_step(self.structure, transform, np.ones(model.vocab, np.int32))
 
-    def run(self, rate: float, seed: int, rows: int = 512, show: Callable[[int, float], None] | None = None) -> Trial:
-        """Trains from `seed` (of the weights and of the rows) at `rate` and validates on `rows` rows. show: is told
-        step and loss from time to time."""
+    def fit(self, rate: float, seed: int, batches: Iterator[Batch],
+            show: Callable[[int, float], None] | None = None) -> Fit:
+        """Trains from `seed` (of the weights) at `rate`, on batches of one shape. show: is told step and loss from time
+        to time."""
         state = self._begin(jax.random.key(seed), jnp.float32(rate))
-        batches = task_batches(self.task, self.batch, seed)
         began, step, loss = time.perf_counter(), 0, math.nan
         while step < self.steps:
             state, metrics = self._step(state, next(batches))
@@ -75,9 +79,25 @@ class Trials:
                     show(step, loss)
                 if not math.isfinite(loss):
                     break
-        seconds = time.perf_counter() - began
-        validation = self.test(state.params, state.rest, self.task, rows, split="validation")
-        return Trial(state.params, state.rest, validation, seconds, step, not math.isfinite(loss))
+        return Fit(state.params, state.rest, time.perf_counter() - began, step, not math.isfinite(loss))
+
+
+class Trials(Fits):
+    """The runs of one model on one task, all of `steps` steps of `batch` rows."""
+
+    def __init__(self, model: LanguageModel, task: Task, steps: int, batch: int, optimizer: Optimizer = Optimizer()):
+        """optimizer: as in `Fits`."""
+        if task.vocab > model.vocab:
+            raise ValueError(f"the task has {task.vocab} symbols, more than the model's vocab = {model.vocab}")
+        super().__init__(model, steps, optimizer)
+        self.task, self.batch = task, batch
+        self._score = make_score_step(self.structure)
+
+    def run(self, rate: float, seed: int, rows: int = 512, show: Callable[[int, float], None] | None = None) -> Trial:
+        """Trains from `seed` (of the weights and of the rows) at `rate` and validates on `rows` rows. show: as in
+        `Fits.fit`."""
+        fit = self.fit(rate, seed, task_batches(self.task, self.batch, seed), show)
+        return Trial(**vars(fit), validation=self.test(fit.params, fit.rest, self.task, rows, split="validation"))
 
     def test(self, params, rest, task: Task, rows: int, split: str = "test") -> Score:
         """The score on rows of a task, as many at a time as a training batch has tokens; rows are rounded up."""
