@@ -108,8 +108,8 @@ def profile(config: LanguageModel | str, context: int = 4096, batch: int = 1) ->
     texts, tokens = ids(rows, context), rows * context
     with exactly():
         forward = count(lambda m, i: _run(m, i).logits, model, texts) / tokens
-        trained = count(lambda m, i, t: _run(m, i, t).logits, model, texts, training) * 3 / tokens
-        decode = count(lambda m, i, s: m(i, state=s).logits, model, ids(1, 1), state)
+        trained = count(lambda m, i, t: _run(m, i, t)[:3], model, texts, training) * 3 / tokens  # and what layers say
+        decode = count(lambda m, i, s: m(i, state=s)[:2], model, ids(1, 1), state)  # and the state
     return Profile(context, batch, _parameters(model), forward, trained, decode, state_bytes(config, context, batch))
 
 

@@ -1,16 +1,19 @@
 """Floating-point operations of a function, counted from its jaxpr: nothing is compiled, nothing is allocated.
 
 Compilers report a loop's body once, whatever its length; here a `scan` counts its body times its length, and every
-inner program is entered: jit, checkpoint, custom derivatives, conditionals, shard_map and Pallas kernels.
+inner program is entered: jit, checkpoint, custom derivatives, conditionals, shard_map and Pallas kernels. What no
+result depends on is not counted, for no compiler keeps it.
 """
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Self
 
 import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.interpreters.partial_eval import dce_jaxpr
 
 # What moves, compares, draws or labels numbers without computing with them. Everything else that gives floats costs
 # one operation for each element of its largest operand or result.
@@ -28,7 +31,7 @@ class Flops:
     """Floating-point operations. A multiply-add is two.
 
     matmul: of matrix products and convolutions. elementwise: of everything else, one for each element, whether it is an
-    addition, an exponential or a term of a sum.
+    addition, an exponential or a term of a sum. They are ordered by their total.
     """
 
     matmul: float = 0
@@ -37,6 +40,9 @@ class Flops:
     @property
     def total(self) -> float:
         return self.matmul + self.elementwise
+
+    def __lt__(self, other: Self) -> bool:
+        return self.total < other.total
 
     def __add__(self, other: Self) -> Self:
         return Flops(self.matmul + other.matmul, self.elementwise + other.elementwise)
@@ -48,20 +54,24 @@ class Flops:
         return Flops(self.matmul / parts, self.elementwise / parts)
 
 
-def count(fn, *args) -> Flops:
+def count(fn, *args, cond: Callable[[list[Flops]], Flops] = max) -> Flops:
     """The operations of one call `fn(*args)`; arguments may be arrays or `jax.ShapeDtypeStruct`s, in any pytree.
 
-    Of a conditional the dearer branch counts. A `while` loop does not say how often it runs, so its body counts once
-    (loops of a length known when traced are scans, and right). Inside `shard_map` all devices count.
+    A `while` loop does not say how often it runs, so its body counts once (loops of a length known when traced are
+    scans, and right). Inside `shard_map` all devices count.
+
+    Args: cond: what a conditional costs, from what each of its branches does (of `lax.cond`, the false one is first):
+      `max` for the dearer, `min` for the cheaper, such as a step that skips its work.
     """
-    return _program(jax.make_jaxpr(fn)(*args).jaxpr)
+    jaxpr = jax.make_jaxpr(fn)(*args).jaxpr
+    return _program(dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0], cond)
 
 
-def _program(jaxpr: Jaxpr) -> Flops:
-    return sum((_operation(eqn) for eqn in jaxpr.eqns), Flops())
+def _program(jaxpr: Jaxpr, cond) -> Flops:
+    return sum((_operation(eqn, cond) for eqn in jaxpr.eqns), Flops())
 
 
-def _operation(eqn) -> Flops:
+def _operation(eqn, cond) -> Flops:
     name, params = eqn.primitive.name, eqn.params
     if name in ("dot_general", "ragged_dot_general", "conv_general_dilated"):
         operand = eqn.invars[0].aval
@@ -76,7 +86,8 @@ def _operation(eqn) -> Flops:
         return Flops(elementwise=5 * batch * n * math.log2(max(n, 2)))
     inner = [p for value in params.values() for p in _programs_in(value)]
     if inner and not name.startswith("reduce"):
-        return _inside(name, params, [_program(p) for p in inner])
+        inside = [_program(p, cond) for p in inner]
+        return cond(inside) if name == "cond" else _inside(name, params, sum(inside, Flops()))
     if name in MOVES or not any(_is_float(v.aval) for v in eqn.outvars):
         return Flops()
     complex_cost = 6 if name in ("mul", "div") else 2
@@ -84,11 +95,8 @@ def _operation(eqn) -> Flops:
     return Flops(elementwise=cost * max(v.aval.size for v in (*eqn.invars, *eqn.outvars) if hasattr(v.aval, "size")))
 
 
-def _inside(name: str, params: dict, inner: list[Flops]) -> Flops:
-    """The cost of an operation that runs whole programs."""
-    if name == "cond":
-        return max(inner, key=lambda flops: flops.total)
-    once = sum(inner, Flops())
+def _inside(name: str, params: dict, once: Flops) -> Flops:
+    """The cost of an operation that runs whole programs, of which all once cost `once`."""
     if name == "scan":
         return once * params["length"]
     if name == "shard_map":

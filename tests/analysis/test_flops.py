@@ -43,12 +43,36 @@ def test_inner_programs_are_entered():
     custom_jvp.defjvp(lambda p, t: (custom_jvp(*p), t[0]))
     for fn in (jax.jit(square), jax.checkpoint(square), custom_vjp, custom_jvp):
         assert count(fn, f32(4, 4)) == Flops(matmul=2 * 64)
-    assert count(jax.grad(lambda x: custom_vjp(x).sum()), f32(4, 4)).matmul == 3 * 2 * 64
+    assert count(jax.value_and_grad(lambda x: custom_vjp(x).sum()), f32(4, 4)).matmul == 3 * 2 * 64
 
 
-def test_the_dearer_branch_and_one_turn_of_a_while_loop_count():
+def test_the_dearer_branch_of_a_conditional_counts_or_the_one_asked_for():
     branch = lambda p, x: jax.lax.cond(p, lambda x: x @ x @ x, lambda x: x @ x, x)
-    assert count(branch, jax.ShapeDtypeStruct((), bool), f32(4, 4)).matmul == 2 * 2 * 64
+    args = jax.ShapeDtypeStruct((), bool), f32(4, 4)
+    for cond, products in ((max, 2), (min, 1), (lambda branches: branches[0], 1), (lambda branches: branches[1], 2)):
+        assert count(branch, *args, cond=cond).matmul == products * 2 * 64
+    assert count(branch, *args) == count(branch, *args, cond=max)
+    often = lambda p, x: jax.lax.scan(lambda x, _: (jax.jit(branch)(p, x), None), x, length=5)[0]
+    assert count(often, *args, cond=min).matmul == 5 * 2 * 64
+    switch = lambda i, x: jax.lax.switch(i, [lambda x: x @ x, jnp.exp, lambda x: x], x)
+    mean = lambda branches: sum(branches, Flops()) / len(branches)
+    assert count(switch, jax.ShapeDtypeStruct((), int), f32(4, 4), cond=mean) == Flops(2 * 64 / 3, 16 / 3)
+
+
+def test_what_no_result_depends_on_does_not_count():
+    two = lambda x: (x @ x, jnp.exp(x))
+    scan = lambda x: jax.lax.scan(lambda h, _: (jnp.tanh(h), h @ h), x, length=3)
+    branch = lambda x: jax.lax.cond(x[0, 0] > 0, two, lambda x: (x, x), x)
+    for fn, elementwise in ((two, 16), (jax.jit(two), 16), (jax.checkpoint(two), 16), (branch, 16)):
+        assert count(lambda x: fn(x)[1], f32(4, 4)) == Flops(elementwise=elementwise)
+        assert count(fn, f32(4, 4)) == Flops(2 * 64, elementwise)
+    assert count(lambda x: scan(x)[0], f32(4, 4)) == Flops(elementwise=3 * 16)
+    # A gradient that nobody asks for, and what only its own backward pass would have read.
+    grad = jax.grad(lambda a, b: (a @ b).sum(), (0, 1))
+    assert count(lambda a, b: grad(a, b)[0], f32(4, 4), f32(4, 4)).matmul == 2 * 64
+
+
+def test_one_turn_of_a_while_loop_counts():
     loop = lambda x: jax.lax.while_loop(lambda x: x[0, 0] < 1, lambda x: x @ x, x)
     assert count(loop, f32(4, 4)).matmul == 2 * 64
     assert count(lambda x: jax.lax.fori_loop(0, 6, lambda i, x: x @ x, x), f32(4, 4)).matmul == 6 * 2 * 64
@@ -59,7 +83,7 @@ def test_ragged_products_count_rows_and_not_groups():
     sizes = jax.ShapeDtypeStruct((groups,), jnp.int32)
     once = 2 * rows * d * f
     assert count(jax.lax.ragged_dot, f32(rows, d), f32(groups, d, f), sizes).matmul == once
-    gradient = jax.grad(lambda x, w, s: jax.lax.ragged_dot(x, w, s).sum(), (0, 1))
+    gradient = jax.value_and_grad(lambda x, w, s: jax.lax.ragged_dot(x, w, s).sum(), (0, 1))
     assert count(gradient, f32(rows, d), f32(groups, d, f), sizes).matmul == 3 * once
     custom = jax.custom_vjp(lambda x, w, s: jax.lax.ragged_dot(x, w, s))
     custom.defvjp(lambda x, w, s: (custom(x, w, s), (x, w)), lambda r, g: (*r, None))
