@@ -33,8 +33,8 @@ class KVCache:
            reach: int | None = None) -> "KVCache":
         """The cache of a text that is one piece: its keys and values as they are, a slot for each token.
 
-        Nothing is dropped, though a ring would hold the last `reach` of them alone: a text of just as many gets one
-        more slot, which stays empty, so that none takes it for a ring (`attend_kept`).
+        Nothing is dropped, though a ring would hold the last `reach` of them alone. A text of just as many gets one
+        more slot, which stays empty, lest it be taken for a ring (`attend_kept`).
         """
         spare = int(keys.shape[2] == reach)
         heads = lambda a: jnp.pad(a, ((0, 0), (0, 0), (0, spare), (0, 0))) if spare else a

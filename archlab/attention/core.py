@@ -1,8 +1,8 @@
 """The attention core: softmax(Q K^T / sqrt(K)) V under the masks that tokens imply.
 
 `attend` chooses the best form for the platform, `attend_state` does so where there is a cache, `attend_kept` where the
-cache is only read; `attend_plain`, which keeps every score, is the oracle they are tested against. Heads come before time ("BHTK"), so that each head's product
-is one contiguous matrix product.
+cache is only read; `attend_plain`, which keeps every score, is the oracle they are tested against. Heads come before
+time ("BHTK"), so that each head's product is one contiguous matrix product.
 """
 
 import jax
@@ -90,8 +90,8 @@ def attend_kept(q: Float[Array, "B H T K"], tokens: Tokens, state: KVCache,
     """
     T, slots = q.shape[2], state.keys.shape[2]
     if T > 1 and slots == rules.sight.reach:
-        raise ValueError(f"{T} tokens cannot read a ring of {slots} slots, which lacks what the first of them see: keep "
-                         f"a piece's keys (Tokens.keys = 'keep'), or run windowed layers one token at a time")
+        raise ValueError(f"{T} tokens cannot read a ring of {slots} slots, which lacks what the first of them see: "
+                         "keep a piece's keys (Tokens.keys = 'keep'), or run windowed layers one token at a time")
     args = (q, state.keys.astype(q.dtype), state.values.astype(q.dtype), Places(tokens.segments, tokens.positions),
             Places(state.segments, state.positions), rules)
     return attend_plain(*args) if T <= BLOCK else attend_blocks(*args, ordered=False)

@@ -97,7 +97,7 @@ class RepeatModule(Layer):
             x, state, aux = nnx.merge(structure, weights, shared)(x, tokens.fold(i), state)
             return x, (state, aux)
 
-        if state is None or tokens.keys is not None:  # the latter are passes of a layer that may be in training
+        if state is None or tokens.keys is not None:  # it may be training, where keys are shared through states too
             body = jax.checkpoint(body)  # keep only the stream between units; recompute the rest in the backward pass
         x, (state, aux) = jax.lax.scan(body, x, (own, jnp.arange(self.n), state))
         return x, state, aux
