@@ -81,7 +81,7 @@ class Work:
         from archlab.data import validation_batches
         from archlab.inference.timing import time_generation
         from archlab.training.accuracy import make_score_step, score
-        from archlab.training.look_ahead import look_ahead
+        from archlab.training.look_ahead import look_ahead, make_look_ahead_step
         from archlab.training.loop import train
 
         place = f"[{len(self.rows) + 1}/{self.total}] {name}"
@@ -98,7 +98,8 @@ class Work:
         ahead = {"look_ahead_bits": None, "routing_agreement": None, "look_ahead": {}}
         if run.model.body.looks_ahead:
             held_out = validation_batches(self.corpus, self.tokenizer, run.context, run.batch, FLAGS.eval_batches)
-            found = look_ahead(model, held_out, self.tokenizer.bytes_per_token)
+            found = look_ahead(make_look_ahead_step(run.model, self.tokenizer.bytes_per_token), result.state.params,
+                               result.state.rest, held_out)
             ahead = {"look_ahead_bits": found.ahead.bits_per_byte, "routing_agreement": found.agreement,
                      "look_ahead": found.as_dict()}
         self.trained += 1

@@ -34,7 +34,7 @@ def main() -> None:
     from archlab.data import load_corpus, tokenizer_from, validation_batches
     from archlab.layers.weights import split
     from archlab.training.evaluation import evaluate, make_evaluate_step
-    from archlab.training.look_ahead import look_ahead
+    from archlab.training.look_ahead import look_ahead, make_look_ahead_step
 
     if FLAGS.checkpoint is None:
         raise ValueError("give --checkpoint=FOLDER")
@@ -64,7 +64,7 @@ def main() -> None:
         print(f"{first if first == last else f'{first}-{last}':>17}  {loss:>14.4f}  {count:>9,}")
     ahead = {}
     if model.config.body.looks_ahead:
-        found = look_ahead(model, batches, tokenizer.bytes_per_token)
+        found = look_ahead(make_look_ahead_step(model.config, tokenizer.bytes_per_token), params, rest, batches)
         print(found)
         ahead = {"look_ahead": found.as_dict()}
     print(json.dumps({"checkpoint": FLAGS.checkpoint, "data": corpus.name, "context": context, "loss": result.loss,

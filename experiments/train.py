@@ -55,7 +55,7 @@ def main() -> None:
     from archlab.analysis.accounts import profile
     from archlab.data import load_corpus, tokenizer_from, validation_batches
     from archlab.parallel.mesh import make_mesh, process_share
-    from archlab.training.look_ahead import look_ahead
+    from archlab.training.look_ahead import look_ahead, make_look_ahead_step
     from archlab.training.loop import Run, train
     from archlab.training.optimizers import Optimizer
     from archlab.training.recorder import Diverged
@@ -81,7 +81,8 @@ def main() -> None:
         share = (0, 1) if mesh is None else process_share(mesh)
         held_out = validation_batches(corpus, tokenizer, run.context, run.batch, FLAGS.eval_batches or None, *share)
         with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
-            ahead = look_ahead(result.model, held_out, tokenizer.bytes_per_token, mesh)
+            ahead = look_ahead(make_look_ahead_step(model, tokenizer.bytes_per_token), result.state.params,
+                               result.state.rest, held_out, mesh)
     if jax.process_index() == 0:
         if ahead is not None:
             print(ahead)

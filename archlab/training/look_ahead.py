@@ -17,7 +17,7 @@ from archlab.layers.config import Config
 from archlab.layers.contract import Training
 from archlab.layers.traces import per_layer
 from archlab.layers.weights import merge, split
-from archlab.model import LanguageModel, Model
+from archlab.model import LanguageModel
 from archlab.training.evaluation import Evaluation, sums_over, totals
 from archlab.training.objectives import prepare
 from archlab.training.step import abstract
@@ -55,21 +55,18 @@ class LookAhead:
         return "\n".join(lines)
 
 
-def look_ahead(model: Model, batches: Iterable[Batch], bytes_per_token: np.ndarray, mesh=None,
-               seed: int = 0) -> LookAhead:
-    """Evaluates a model both ways. seed: of what the training form draws. ValueError where there is no batch, or where
-    the model's training form does not look ahead."""
-    if not model.config.body.looks_ahead:
+def make_look_ahead_step(config: LanguageModel, bytes_per_token: np.ndarray, seed: int = 0):
+    """A jitted function of (params, rest, batch) for `look_ahead`. seed: of what the training form draws. ValueError
+    where the model's training form does not look ahead."""
+    if not config.body.looks_ahead:
         raise ValueError("the training form of this model does not look ahead: there is one loss, that of `evaluate`")
-    structure, params, rest = split(model)
-    steady = split(abstract(without_dropout(model.config)))[0]
+    structure, steady = (split(abstract(form))[0] for form in (config, without_dropout(config)))
 
     def step(params, rest, batch: Batch):
-        causal_model, model = merge(structure, params, rest), merge(steady, params, rest)
-        batch = prepare(model.config, batch, jax.random.key(seed))
-        causal, said = sums_over(causal_model, batch, bytes_per_token)
+        batch = prepare(config, batch, jax.random.key(seed))
+        causal, said = sums_over(merge(structure, params, rest), batch, bytes_per_token)
         training = Training(jax.random.key(seed), jnp.int32(LATE))
-        ahead, told = sums_over(model, batch, bytes_per_token, training)
+        ahead, told = sums_over(merge(steady, params, rest), batch, bytes_per_token, training)
         depths = [(said.traces[path], told.traces[path]) for path in said.traces if path.split("/")[-1] == "depth"]
         depths = [(a, b) for a, b in depths if a.shape == b.shape and a.shape[-2:] == batch.ids.shape]
         differ = jnp.zeros(batch.ids.shape, bool)
@@ -78,7 +75,12 @@ def look_ahead(model: Model, batches: Iterable[Batch], bytes_per_token: np.ndarr
         agreements = {path: value for path, value in told.traces.items() if path.split("/")[-1] == "agreement"}
         return ahead, causal, (differ.sum(), (batch.segments > 0).sum(), bool(depths)), agreements, jnp.ones(())
 
-    ahead, causal, (differ, tokens, deep), agreements, count = totals(jax.jit(step), params, rest, batches, mesh)
+    return jax.jit(step)
+
+
+def look_ahead(step, params, rest, batches: Iterable[Batch], mesh=None) -> LookAhead:
+    """Evaluates both ways; `step` is from `make_look_ahead_step`. ValueError where there is no batch."""
+    ahead, causal, (differ, tokens, deep), agreements, count = totals(step, params, rest, batches, mesh)
     routers = {path: float(total / count) for path, total in per_layer(agreements, "agreement", 0).items()}
     return LookAhead(Evaluation(*ahead), Evaluation(*causal), 1 - float(differ / max(tokens, 1)) if deep else None,
                      routers)

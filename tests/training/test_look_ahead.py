@@ -26,7 +26,7 @@ from archlab.layers.sequence import Sequence
 from archlab.layers.weights import split
 from archlab.model import LanguageModel
 from archlab.training.evaluation import evaluate, make_evaluate_step
-from archlab.training.look_ahead import LATE, look_ahead, without_dropout
+from archlab.training.look_ahead import LATE, look_ahead, make_look_ahead_step, without_dropout
 from tests.helpers import build
 
 ROOT = Path(__file__).parent.parent.parent
@@ -55,11 +55,16 @@ MODELS = {"mixture-of-recursions": lambda: archlab.get_config("mixture-of-recurs
           "mixture-of-depths": lambda: depths_config(warmup=100)}
 
 
+def both(model, batches):
+    """The three numbers of a model."""
+    return look_ahead(make_look_ahead_step(model.config, BYTES), *split(model)[1:], batches)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_three_numbers_by_hand(name):
     model = build(MODELS[name]())
     structure, params, rest = split(model)
-    found = look_ahead(model, batches(), BYTES)
+    found = both(model, batches())
     plain = evaluate(make_evaluate_step(structure, BYTES), params, rest, batches())
     assert found.causal.loss == pytest.approx(plain.loss, rel=1e-6)
 
@@ -83,9 +88,9 @@ def test_three_numbers_by_hand(name):
 def test_dropout_is_left_out():
     """A model with dropout has the look-ahead loss of the same weights without."""
     model = build(depths_config(dropout=0.5))
-    found = look_ahead(model, batches(count=1), BYTES)
+    found = both(model, batches(count=1))
     quiet = nnx.merge(nnx.graphdef(build(depths_config())), nnx.state(model))
-    assert found.ahead.loss == look_ahead(quiet, batches(count=1), BYTES).ahead.loss
+    assert found.ahead.loss == both(quiet, batches(count=1)).ahead.loss
     assert without_dropout(model.config) == quiet.config == depths_config()
 
 
@@ -95,11 +100,11 @@ def test_models_without_depth_and_without_look_ahead():
     from archlab.experts.moe import MoE
 
     experts = LanguageModel(256, 16, Residual(MoE(4, 16, ExpertChoice(), balance=())))
-    found = look_ahead(build(experts), batches(count=1), BYTES)
+    found = both(build(experts), batches(count=1))
     assert found.agreement is None and list(found.routers.values()) and "agree " not in str(found)
     assert found.ahead.loss != found.causal.loss
     with pytest.raises(ValueError, match="does not look ahead"):
-        look_ahead(build(archlab.get_config("transformer-nano")), batches(), BYTES)
+        make_look_ahead_step(archlab.get_config("transformer-nano"), BYTES)
 
 
 def test_training_and_evaluation_tell_them(tmp_path):
