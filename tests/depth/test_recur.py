@@ -11,13 +11,19 @@ from archlab.attention.attention import Attention
 from archlab.depth.coordinates import Coordinates
 from archlab.depth.halting import ACT
 from archlab.depth.recur import Recur
+from archlab.depth.own import LowRank, Own
+from archlab.experts.moe import MoE
 from archlab.layers.alphabet import parameters_of
 from archlab.layers.config import LayerConfig
 from archlab.layers.contract import Aux, Layer, Place, Training
 from archlab.layers.mlp import SwiGLU
+from archlab.layers.norms import RMSNorm
+from archlab.layers.repeat import Repeat
 from archlab.layers.residual import Residual
-from archlab.layers.sequence import Identity, Provide, Sequence
+from archlab.layers.sequence import Identity, Parallel, Provide, Sequence
 from archlab.recurrence.mamba import Mamba
+from archlab.recurrence.mamba2 import Mamba2
+from archlab.recurrence.min_gru import MinGRU
 from tests.helpers import in_pieces, cast, jittered, tokens_of
 
 B, T, D = 2, 17, 8
@@ -41,7 +47,9 @@ def undecided(config, size=2.0):
 
 
 def reference(made, config, x, tokens):
-    """Per token: Graves' halting (2016, eq. 5-8), the Universal Transformer's signal and running interpolation."""
+    """Per token: Graves' halting (2016, eq. 5-8) and mean (eq. 9) or the Universal Transformer's running interpolation,
+    and its signal."""
+    running = config.halting.mixture == "running"
     w, b = np.asarray(made.halting.halt[...])[:, 0], float(made.halting.bias[...][0])
     unit = jax.jit(lambda x: made.unit(x, tokens)[0])
     h, real, positions = np.array(x), np.asarray(tokens.real), np.asarray(tokens.positions)
@@ -63,14 +71,14 @@ def reference(made, config, x, tokens):
             else:
                 total[row, t] += p
                 u = p
-            s[row, t] = u * after[row, t] + (1 - u) * s[row, t]
+            s[row, t] = u * after[row, t] + (1 - u if running else 1) * s[row, t]
             h[row, t] = after[row, t]
     return s, steps, (steps + left)[real].mean()
 
 
-@pytest.mark.parametrize("scan", [False, True])
-def test_act_against_loop(float64, scan):
-    config = Recur(BLOCK, 5, Coordinates(), ACT(ponder=0.25, epsilon=0.05), scan=scan)
+@pytest.mark.parametrize("scan, mixture", [(False, "running"), (True, "running"), (True, "accumulated")])
+def test_act_against_loop(float64, scan, mixture):
+    config = Recur(BLOCK, 5, Coordinates(), ACT(ponder=0.25, epsilon=0.05, mixture=mixture), scan=scan)
     made, x = undecided(config), stream()
     tokens = tokens_of([[1] * 9 + [2] * 8, [1] * 13 + [0] * 4])
     y, _, aux = jax.jit(lambda x: made(x, tokens))(x)
@@ -83,6 +91,36 @@ def test_act_against_loop(float64, scan):
     np.testing.assert_allclose(aux.losses["halting/ponder"], 0.25 * ponder, rtol=1e-9)
 
 
+def test_recurrent_units_skip_halted_tokens(float64):
+    """At each step the unit runs, in the loop, over a text of the running tokens and no others."""
+    T = 9
+    made, x = undecided(Recur(Residual(MinGRU()), 4, None, ACT(mixture="accumulated"), scan=False)), stream(length=T)
+    run = jax.jit(lambda x, tokens: made(x, tokens))
+    y, _, aux = run(x, tokens_of(np.ones((B, T))))
+    trained = run(x, tokens_of(np.ones((B, T)), Training(jax.random.key(0), jnp.int32(0))))[0]
+    unit = jax.jit(lambda x, tokens: made.unit(x, tokens)[0])
+    w, b = np.asarray(made.halting.halt[...])[:, 0], float(made.halting.bias[...][0])
+    mixed, steps = np.zeros((B, T, D)), np.zeros((B, T), int)
+    for row in range(B):
+        h, total, running = np.array(x[row]), np.zeros(T), np.arange(T)
+        for _ in range(4):
+            if not len(running):
+                break
+            p = 1 / (1 + np.exp(-(h[running] @ w + b)))
+            short = np.asarray(unit(jnp.asarray(h[None, running]), tokens_of(np.ones((1, len(running)))))[0])
+            halts = total[running] + p > 0.99
+            u = np.where(halts, 1 - total[running], p)
+            h[running] = short
+            mixed[row, running] += u[:, None] * short
+            steps[row, running] += 1
+            total[running] += p
+            running = running[~halts]
+    np.testing.assert_array_equal(aux.traces["halting/steps"], steps)
+    assert len(np.unique(steps)) >= 3
+    for form in (y, trained):
+        np.testing.assert_allclose(form, mixed, rtol=1e-9, atol=1e-9)
+
+
 def test_ponder_loss_teaches_to_halt(float64):
     """Its gradient comes from the remainder alone: the bias should rise, so that halting comes sooner."""
     made = undecided(Recur(Residual(SwiGLU(12)), 4, None, ACT(), scan=False))
@@ -91,21 +129,26 @@ def test_ponder_loss_teaches_to_halt(float64):
     assert gradient.halting.bias[...][0] < 0
 
 
-@pytest.mark.parametrize("unit, scan", [(BLOCK, False), (Residual(Mamba(state=4)), True)], ids=["attention", "mamba"])
+MAMBA2 = Sequence(Residual(LowRank(Mamba2(state=4, head_size=4), 2)), Residual(MoE(3, 8), Own(RMSNorm())))
+HYBRID = Repeat(Parallel(Residual(Attention(2, window=5)), Residual(MinGRU())), 2)
+
+
+@pytest.mark.parametrize("unit, scan", [(BLOCK, False), (Residual(Mamba(state=4)), True), (MAMBA2, True),
+                                        (HYBRID, True)], ids=["attention", "mamba", "mamba2-experts", "hybrid"])
 def test_splits_packing_and_padding(float64, unit, scan):
     """With halting, where tokens stop at different steps: nothing depends on how a text is cut or packed."""
-    made, x = undecided(Recur(unit, 4, Coordinates(), ACT(), scan=scan)), stream(length=40)
-    segments = np.repeat([[1, 2]], [23, 17], axis=1).repeat(B, 0)
-    segments[1, 34:] = 0
+    made, x = undecided(Recur(unit, 4, Coordinates(), ACT(), scan=scan)), stream(length=30)
+    segments = np.repeat([[1, 2]], [17, 13], axis=1).repeat(B, 0)
+    segments[1, 26:] = 0
     run = jax.jit(lambda x, tokens, state: made(x, tokens, state))
     whole, _, aux = run(x, tokens_of(segments), None)
     assert len(np.unique(aux.traces["halting/steps"])) >= 4
     real = segments > 0
-    for cuts in ((40,), (19, 1, 1, 19), (1,) * 40):
-        through = in_pieces(run, made.init_state(B, 40, jnp.float64), x, tokens_of(segments), cuts)
+    for cuts in ((14, 1, 1, 14), (1,) * 30):
+        through = in_pieces(run, made.init_state(B, 30, jnp.float64), x, tokens_of(segments), cuts)
         np.testing.assert_allclose(through[real], whole[real], rtol=1e-9, atol=1e-9)
-    alone, _, _ = run(x[:, 23:34], tokens_of(np.ones((B, 11))), None)
-    np.testing.assert_allclose(whole[:, 23:34], alone, rtol=1e-9, atol=1e-9)
+    alone, _, _ = run(x[:, 17:26], tokens_of(np.ones((B, 9))), None)
+    np.testing.assert_allclose(whole[:, 17:26], alone, rtol=1e-9, atol=1e-9)
 
 
 def test_scanned_equals_unrolled_in_training(float64):
@@ -162,6 +205,7 @@ def test_depth_accounting():
 @pytest.mark.parametrize("make, words", [
     (lambda: Recur(BLOCK, 0), "Recur.n = 0: must be at least 1"),
     (lambda: ACT(epsilon=0.0), "ACT.epsilon = 0.0: must lie between 0 and 1"),
+    (lambda: ACT(mixture="mean"), "ACT.mixture = 'mean': there are running, accumulated"),
     (lambda: ACT(epsilon=1.5), "ACT.epsilon = 1.5: must lie between 0 and 1"),
     (lambda: ACT(ponder=-1.0), "ACT.ponder = -1.0: must be 0"),
     (lambda: Coordinates(base=1.0), "Coordinates.base = 1.0: must be above 1"),
