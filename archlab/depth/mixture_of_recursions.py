@@ -23,6 +23,8 @@ from archlab.depth.top_tokens import RandomTokens, TopTokens
 from archlab.layers.config import LayerConfig, near, require
 from archlab.layers.contract import Aux, Layer, Place, Tokens, count_positions, pytree
 
+LONG = 2**24  # tokens, more than any window sees
+
 
 class MixtureOfRecursions(LayerConfig):
     """`unit` applied up to `n` times with one set of weights; recursion r is for a share of the tokens only.
@@ -68,9 +70,10 @@ class MixtureOfRecursions(LayerConfig):
         self.unit.check(width)
         if self.cache == "shared":
             unit = nnx.eval_shape(lambda: self.unit.build(nnx.Rngs(0), Place(width, 0, self.branches)))
-            kept = jax.tree.leaves(jax.eval_shape(lambda: unit.init_state(1, 8)), is_leaf=_is_cache)
-            require(kept and all(map(_is_cache, kept)), self, "cache",
-                    "wants a unit whose only memory is the keys and values of attention")
+            kept = jax.tree.leaves(jax.eval_shape(lambda: unit.init_state(1, LONG)), is_leaf=_is_cache)
+            whole = lambda state: _is_cache(state) and state.keys.shape[-2] == LONG  # and no window's ring
+            require(kept and all(map(whole, kept)), self, "cache",
+                    "wants a unit whose only memory is the keys and values of attention over all of the text")
 
     @property
     def shares(self) -> tuple[Fraction, ...]:
