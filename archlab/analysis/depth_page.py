@@ -3,7 +3,7 @@
 Runs come as `{study: {arm: [row for each seed]}}`. Rows have learning_rate, seed, steps, parameters, training_flops,
 loss and diverged; of text bits_per_byte, tokens, blocks (that a token passed, on average), depth_counts (tokens by how
 deep they went, causally) and, of models whose training form looks ahead, look_ahead_bits, agreement and routers; of
-tasks accuracy, tests {length: accuracy} and steps {length: {reading, answering}}. One of them has an example.
+tasks accuracy, tests {length: accuracy} and steps_taken {length: {reading, answering}}. One of them has an example.
 """
 
 import inspect
@@ -52,7 +52,7 @@ def summarise(found: Found) -> list[dict]:
         tests = list(rows[0].get("tests", ()))
         for i, length in enumerate(LENGTHS):
             right = [row["tests"][tests[i]] for row in rows] if tests else []
-            steps = [row["steps"][tests[i]] for row in rows if row["steps"]] if tests else []
+            steps = [row["steps_taken"][tests[i]] for row in rows if row["steps_taken"]] if tests else []
             line |= {f"accuracy_{length}": mean(right), f"spread_{length}": _spread(right),
                      **{f"steps_{when}_{length}": mean([taken[when] for taken in steps])
                         for when in ("reading", "answering")}}
@@ -195,8 +195,8 @@ def _by_length(study: str, arms: Mapping[str, Sequence[dict]]) -> dict:
                              "letters or digits", "accuracy", log="x")
         figure.axes[0].set_ylim(-0.06, 1.06)
         made[f"{study}_{task}"] = figure, "The shortest is the longest that was trained; each line is a seed."
-        taken = {when: [points(row["steps"], lambda steps, when=when: steps[when]) for rows in mine.values()
-                        for row in rows if row["steps"]] for when in ("reading", "answering")}
+        taken = {when: [points(row["steps_taken"], lambda steps, when=when: steps[when]) for rows in mine.values()
+                        for row in rows if row["steps_taken"]] for when in ("reading", "answering")}
         if taken["reading"]:
             made[f"{study}_{task}_steps"] = (
                 plots.lines(taken, plots.palette(taken), f"Steps before halting: {task}", "letters or digits", "steps",

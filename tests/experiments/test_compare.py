@@ -54,6 +54,10 @@ def test_results(out):
         assert 2 < float(row["validation_bits_per_byte"]) < 12 and float(row["spread"]) > 0
         for key in ("train_tokens_per_second", "compile_seconds", "first_token_seconds", "decode_tokens_per_second"):
             assert float(row[key]) > 0
+        ahead = name == "mixture-of-recursions-nano"  # the only one whose training form looks at later tokens
+        assert bool(row["look_ahead_bits"]) == bool(row["routing_agreement"]) == ahead
+        assert not ahead or 0 < float(row["routing_agreement"]) <= 1 and row["look_ahead_bits"] != row[
+            "validation_bits_per_byte"]
     assert rows["mamba-nano"]["state_bytes_1k"] == rows["mamba-nano"]["state_bytes_32k"]
     assert int(rows["transformer-nano"]["state_bytes_32k"]) > 7 * int(rows["transformer-nano"]["state_bytes_4k"])
 
@@ -65,7 +69,7 @@ def test_page_and_pictures(out):
     for name in ("loss_by_flops", "loss_by_tokens", "loss_by_seconds", "loss_by_decode_speed", "state_by_context",
                  "expert_load_mixture-of-experts-nano"):
         assert (out / f"{name}.png").stat().st_size > 5000
-    for label in ("recursions", "steps before halting", "mean step size"):
+    for label in ("with look-ahead (leaky)", "routings agree", "recursions", "steps before halting", "mean step size"):
         assert label in page
     said = (out / "stdout").read_text()
     assert "next: python -m experiments.generate --checkpoint=" in said and "bits/byte" in said
