@@ -82,8 +82,8 @@ class TaskArm:
                 steps[label] = {"reading": float(taken[(batch.segments > 0) & ~answers].mean()),
                                 "answering": float(taken[answers].mean())}
                 example = example or _shown(batch, taken)
-        return {"loss": trial.validation.loss, "accuracy": trial.validation.accuracy, "tests": tests, "steps_taken": steps,
-                "example": example if seed == 0 else None, "seconds": round(trial.seconds, 1),
+        return {"loss": trial.validation.loss, "accuracy": trial.validation.accuracy, "tests": tests,
+                "steps_taken": steps, "example": example if seed == 0 else None, "seconds": round(trial.seconds, 1),
                 "diverged": trial.diverged}
 
 
