@@ -17,12 +17,12 @@ routing looks ahead in training there are three numbers: the loss under that rou
 routing, the one that all comparisons are of; and the share of tokens on which the two agree.
 
 Leaves under --out: runs.jsonl (a line per finished run; called again, only what is missing is run, and several calls
-with other --studies may share the folder), results.csv, figures as PNG and depth.html (one file, no network). Where a
-speed.json lies there, a list of rows {"model": name as here, "decode_tokens_per_second": number, ...}, the page has it
-as a table, and draws loss against it.
+with other --studies may share the folder), models (the best of seed 0), results.csv, figures as PNG and depth.html (one
+file, no network). Where a speed.json lies there, as `experiments.recursion --parts=speed` leaves it, the page has it as
+a table, and draws loss against it.
 
-Cost: --preset=quick 3 to 5 minutes on four CPU cores; --preset=cpu 64 runs of 1.5e12 FLOPs on text and 36 of 0.8e12 on
-tasks, about an hour.
+Cost: --preset=quick 6 minutes on four CPU cores that also did other work, nearly all of it compilation; --preset=cpu
+64 runs of 1.5e12 FLOPs on text and 36 of 0.8e12 on tasks, of about 40 seconds each on such a machine: an hour and more.
 """
 
 import dataclasses
@@ -115,7 +115,8 @@ def train(arms: dict, size, runs: Runs) -> None:
             if arm.task is None and corpus is None:
                 corpus = load_corpus(FLAGS.data)
             if compiled is None:
-                compiled = TaskArm(arm, size) if arm.task else TextArm(arm, size, corpus, tokenizer)
+                compiled = TaskArm(arm, size) if arm.task else TextArm(
+                    arm, size, corpus, tokenizer, runs.path.parent / "models" / name)
             place = f"[{passed}/{total}] {name}, rate {rate:g}, seed {seed}"
             shown = time.perf_counter()
 

@@ -134,7 +134,7 @@ def equal_parameters(size: Size) -> Study:
 
 
 def sharing_order(size: Size) -> Study:
-    """The order in which layers share weights: six layers, two recursions of all or of the middle four, no routing.
+    """Order of sharing weights: six layers, two recursions of all or of the middle four, no routing.
 
     All cost the same. Cycle and sequence have 6 / 2 = 3 unique blocks, the middle patterns 2 + 4 / 2 = 4: as published,
     it is the depth that is equal, and not the parameters.
@@ -150,7 +150,7 @@ def sharing_order(size: Size) -> Study:
 
 
 def routing(size: Size) -> Study:
-    """Routing and caching of Mixture-of-Recursions with three recursions: one thing changed at a time.
+    """Routing and caching: Mixture-of-Recursions with three recursions, one thing changed at a time.
 
     Expected: expert choice better than token choice (arXiv:2507.10524, table 4: 2.8667 against 2.9358), the auxiliary
     loss better than the auxiliary router (2.8893), own keys slightly better than shared ones (table 3: 2.7925 against
@@ -184,7 +184,7 @@ def equal_flops(size: Size) -> Study:
 
 
 def mixture_of_depths(size: Size) -> Study:
-    """Mixture-of-Depths, every second of eight blocks for 12.5% of the tokens, against the dense eight at equal FLOPs.
+    """Mixture-of-Depths: every second of eight blocks for 12.5% of the tokens, against the dense eight at equal FLOPs.
 
     A token passes 4 + 4 / 8 = 4.5 of 8 blocks: about 8 / 4.5 times the steps of the dense model.
 
@@ -201,7 +201,7 @@ def mixture_of_depths(size: Size) -> Study:
 
 
 def universal_transformer(size: Size) -> Study:
-    """The Universal Transformer with ACT on strings and sums longer than it was trained on.
+    """The Universal Transformer with ACT: strings and sums longer than it was trained on.
 
     Six steps of one block, all of them or until halting, against six blocks with weights of their own: equal depth, and
     six times the parameters for the latter. Rows of 1 to n letters or digits; tested on n, 2n and 4n.

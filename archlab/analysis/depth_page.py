@@ -27,12 +27,11 @@ COLUMNS = {"arm": "model", "parameters": "parameters", "training_flops": "traini
            "rule_accuracy": "rule right", "learning_rate": "learning rate"}
 TASK_COLUMNS = {"arm": "model", "parameters": "parameters", **{
     key: label for length, times in zip(LENGTHS, ("", "2 x ", "4 x ")) for key, label in (
-        (f"accuracy_{length}", f"accuracy, {times}length"), (f"spread_{length}", "spread"),
-        (f"steps_reading_{length}", "steps reading"), (f"steps_answering_{length}", "answering"))},
+        (f"accuracy_{length}", f"accuracy, {times}length"), (f"spread_{length}", "spread"))},
     "learning_rate": "learning rate"}
 FORMATS = {"blocks a token": ".2f", "bits/byte, causal": ".4f", "spread": ".4f", "routings agree": ".1%",
-           "bits/byte, look-ahead (leaky)": ".4f", "rule right": ".1%", "learning rate": ".1e", "answering": ".2f",
-           "steps reading": ".2f", **{f"accuracy, {times}length": ".3f" for times in ("", "2 x ", "4 x ")}}
+           "bits/byte, look-ahead (leaky)": ".4f", "rule right": ".1%", "learning rate": ".1e",
+           **{f"accuracy, {times}length": ".3f" for times in ("", "2 x ", "4 x ")}}
 
 
 def summarise(found: Found) -> list[dict]:
@@ -96,7 +95,7 @@ def figures(found: Found, table: Sequence[dict], speed: Sequence[dict]) -> dict:
         if text:
             values = {arm: [row["bits_per_byte"] for row in rows] for arm, rows in text.items()}
             made[f"{study}_loss"] = (plots.intervals(
-                {f"({study})": [(arm, bits, _half(bits)) for arm, bits in values.items()]}, "bits per byte, causal"),
+                {"Loss": [(arm, bits, _half(bits)) for arm, bits in values.items()]}, "bits per byte, causal"),
                 "Each dot is a seed, the line their mean; the bar is a 95% interval of it.")
         made |= _shares(study, text) | _by_length(study, {arm: arms[arm] for arm in arms if arm not in text})
     points = {row["arm"]: (row["blocks"], row["bits_per_byte"]) for row in table
@@ -144,7 +143,7 @@ def write_page(out: Path, found: Found, table: Sequence[dict], told: Mapping[str
     _examples(page, found)
     page.section("What this does not show")
     page.text("These models have less than a million parameters and read a few hundred thousand bytes. The published "
-              "effects are of hundredths of a nat at a hundred million parameters and ten billion tokens; here the "
+              "effects are of hundredths of a nat, at a hundred million parameters and ten billion tokens; here the "
               "spread over seeds is often as large, and what is not told apart may well differ at scale.\n\n"
               "A rule that never lets a token pass is right about 87.5% of them at a capacity of 12.5%: the accuracy "
               "of a rule counts from there on.")
@@ -191,10 +190,9 @@ def _by_length(study: str, arms: Mapping[str, Sequence[dict]]) -> dict:
         mine = {arm.split(": ")[1]: rows for arm, rows in arms.items() if arm.startswith(f"{task}: ")}
         points = lambda row, of: tuple(np.array([(float(n), of(value)) for n, value in row.items()]).T)
         curves = {name: [points(row["tests"], float) for row in rows] for name, rows in mine.items()}
-        figure = plots.lines(curves, plots.palette(curves), f"Beyond the trained length: {task}",
-                             "letters or digits", "accuracy", log="x")
-        figure.axes[0].set_ylim(-0.06, 1.06)
-        made[f"{study}_{task}"] = figure, "The shortest is the longest that was trained; each line is a seed."
+        made[f"{study}_{task}"] = (
+            plots.lines(curves, plots.palette(curves), f"Beyond the trained length: {task}", "letters or digits",
+                        "accuracy", log="x", settle=0), "The shortest is the longest trained; each line is a seed.")
         taken = {when: [points(row["steps_taken"], lambda steps, when=when: steps[when]) for rows in mine.values()
                         for row in rows if row["steps_taken"]] for when in ("reading", "answering")}
         if taken["reading"]:
