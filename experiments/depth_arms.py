@@ -1,5 +1,8 @@
 """The models of `experiments.depth` at work: each is compiled once, for all its rates and seeds."""
 
+import math
+from pathlib import Path
+
 import jax
 import numpy as np
 
@@ -10,6 +13,7 @@ from archlab.layers.weights import merge
 from archlab.training.evaluation import Evaluation, sums_over
 from archlab.training.look_ahead import look_ahead, make_look_ahead_step
 from archlab.training.objectives import run
+from archlab.training.saving import save
 from archlab.training.trials import Fits, Trials
 from experiments.depth_studies import Arm, Size
 
@@ -18,10 +22,12 @@ SHOWN = 4  # rows of a text whose depths are kept
 
 
 class TextArm:
-    """A model of text: compiled once, trained and evaluated at many rates and seeds."""
+    """A model of text: compiled once, trained and evaluated at many rates and seeds. Of those with seed 0 the best is
+    saved into `folder`."""
 
-    def __init__(self, arm: Arm, size: Size, corpus, tokenizer):
+    def __init__(self, arm: Arm, size: Size, corpus, tokenizer, folder: Path):
         self.arm, self.size, self.corpus, self.tokenizer = arm, size, corpus, tokenizer
+        self.folder, self.best = folder, math.inf
         self.fits = Fits(arm.model, arm.steps)
         self.held_out = validation_batches(corpus, tokenizer, size.context, size.rows, size.eval_batches)
 
@@ -45,6 +51,9 @@ class TextArm:
                 depths.append(np.asarray(depth)[batch.segments > 0])
                 first = first or _shown(batch, depth)
         evaluation = Evaluation(*(sum(values) for values in zip(*sums)))
+        if seed == 0 and evaluation.loss < self.best:
+            self.best = evaluation.loss
+            save(merge(self.fits.structure, fit.params, fit.rest), self.folder)
         row = {"loss": evaluation.loss, "bits_per_byte": evaluation.bits_per_byte,
                "tokens": arm.steps * size.rows * size.context, "seconds": round(fit.seconds, 1),
                "diverged": fit.diverged, "depth_counts": None, "blocks": arm.always, "example": None}
