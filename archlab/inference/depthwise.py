@@ -22,7 +22,7 @@ from archlab.analysis.flops import count
 from archlab.depth.depth_choice import DepthChoice
 from archlab.depth.mixture_of_recursions import MixtureOfRecursions, MixtureOfRecursionsModule
 from archlab.depth.routing import choose_within_budget
-from archlab.inference.lanes import Slots, lanes_of, look, replace_row, settle
+from archlab.inference.lanes import lanes_of, look, replace_row, settle
 from archlab.inference.sampling import Sampling, sample
 from archlab.layers.alphabet import variables_of
 from archlab.layers.contract import Tokens, pytree
@@ -32,7 +32,7 @@ from archlab.layers.weights import merge, split
 from archlab.model import LanguageModel, Model
 
 PROMPT = 16  # the shortest prompt that a program is compiled for
-BATCH, LONG = 7919, 2**20  # of states whose shapes alone are looked at: numbers that no layer has
+BATCH = 7919  # of a state whose shapes alone are looked at: a number that no layer has
 
 
 class Request(NamedTuple):
@@ -53,7 +53,7 @@ class Finished(NamedTuple):
 
 @pytree
 class Work:
-    """What was run: applications of the unit and of the rest of the network, and how many tokens each was for in all."""
+    """What was run: applications of the unit and of the rest of the network, and how many tokens they were for."""
 
     unit_calls: Int[Array, ""]
     unit_tokens: Int[Array, ""]
@@ -117,7 +117,8 @@ class DepthwiseDecoder:
     3/4 and 1/4 of all. While there is a queue all applications are full where the two sum to no more than rows + 1.
     Both as many as the rows is lock-step: nobody goes on before all others are done.
 
-    `work` is what the last `run` took. Raises: ValueError for models and settings that it does not know how to decode.
+    `work` is what the last `run` has taken so far. Raises: ValueError for models that it cannot decode (each recursion
+    owns weights; values are published for later layers) and for settings out of their range.
     """
 
     def __init__(self, model: Model, rows: int = 32, max_length: int = 512, unit_rows: int | None = None,
@@ -164,12 +165,11 @@ class DepthwiseDecoder:
             if not alive.any():
                 break
             flight = self._fly(self._weights, flight, choice)
-            now, number, made, text, depths = jax.device_get(
-                (flight.alive, flight.number, flight.made, flight.text, flight.depths))
+            now, number, made, text, depths, self.work = jax.device_get(
+                (flight.alive, flight.number, flight.made, flight.text, flight.depths, flight.work))
             for row in np.flatnonzero(alive & ~now):
                 yield Finished(int(number[row]), text[row, :made[row]], depths[row, :made[row]])
             alive = now.copy()
-        self.work = jax.device_get(flight.work)
 
     def _checked(self, request: Request | tuple):
         """The arguments of a request for `_admit`, its prompt padded to a power of two."""
@@ -188,10 +188,13 @@ class DepthwiseDecoder:
 
     def flops(self) -> tuple[float, float]:
         """Floating-point operations of one application of the unit, and of the rest."""
-        flight, choice = jax.eval_shape(self._empty, self._weights), _Choice(None, Sampling(None), np.zeros(0, np.int32))
+        flight = jax.eval_shape(self._empty, self._weights)
+        choice = _Choice(None, Sampling(None), np.zeros(0, np.int32))
+
         def parts(weights):
             model = merge(self._structure, *weights)
             return model, *_around(_layers(model), self._middle)
+
         unit = lambda weights, flight: self._recur(parts(weights)[2], flight)
         rest = lambda weights, flight: self._renew(*parts(weights), flight, choice)
         return tuple(count(program, self._weights, flight).total for program in (unit, rest))
@@ -267,7 +270,8 @@ class DepthwiseDecoder:
         mine, lanes, yes = lambda a: a[rows], (rows, jnp.zeros_like(rows)), jnp.ones_like(live)
         place, fresh, made = mine(flight.place), mine(flight.fresh), mine(flight.made)
         new = live & ~fresh
-        x, ending = _through(after, mine(flight.x)[:, None], self._tokens(new, place), look(flight.around[1], *lanes, yes))
+        x, tokens = mine(flight.x)[:, None], self._tokens(new, place)
+        x, ending = _through(after, x, tokens, look(flight.around[1], *lanes, yes))
         logits = model.logits(x if model.norm is None else model.norm(x))[:, 0]
         token = jnp.where(fresh, mine(flight.token), _draw(logits, mine(flight.number), made, choice))
         slot = jnp.where(new, made, self.max_length)  # an index past the end is dropped
@@ -313,7 +317,10 @@ class DepthwiseDecoder:
 
 
 def _longest_waiting(waiting: Bool[Array, "B"], since: Int[Array, "B"], take: int):
-    """Rows [W], those that have waited longest first, and which of them wait at all."""
+    """Rows [W] that have waited longest, all in their order if that many are asked for; and which of them wait at all.
+    """
+    if take == waiting.size:
+        return jnp.arange(take, dtype=jnp.int32), waiting
     rows = jnp.argsort(jnp.where(waiting, since, jnp.iinfo(jnp.int32).max))[:take].astype(jnp.int32)
     return rows, waiting[rows]
 
@@ -332,7 +339,7 @@ def _layers(model: Model):
 
 
 def _around(parts, middle: int | None):
-    """What is before the recursion, itself, and what is behind; `parts` is the recursion's alone if `middle` is None."""
+    """What is before the recursion, itself, and what is behind; `parts` is itself where `middle` is None."""
     return ((), parts, ()) if middle is None else (parts[:middle], parts[middle], parts[middle + 1:])
 
 
@@ -367,18 +374,15 @@ def _check(model: Model, max_length: int) -> int | None:
     before, mixture, after = _around(_layers(model), middle)
     for path, variable in variables_of(mixture.unit).items():
         if variable.get_metadata().get("own", False):
-            raise ValueError(f"depth-wise decoding: each recursion owns its {path}, so that different recursions cannot "
-                             "share a batch")
+            raise ValueError(f"depth-wise decoding: each recursion owns its {path}, so that different recursions "
+                             "cannot share a batch")
     one = jnp.ones((1, 1), jnp.int32)
     x = jax.ShapeDtypeStruct((1, 1, model.config.width), model.compute_dtype)
     for layer in (*before, *after):
         if published := jax.eval_shape(lambda x: layer(x, Tokens(one, one))[2], x).provides:
-            raise ValueError(f"depth-wise decoding: values that a layer publishes for later ones ({', '.join(published)}) "
-                             "do not stay with their token")
+            raise ValueError(f"depth-wise decoding: values published for later layers ({', '.join(published)}) do not "
+                             "stay with their token")
     state = jax.eval_shape(lambda: model.init_state(BATCH, max_length).body)
     if any(leaf.shape[0] != BATCH for leaf in jax.tree.leaves(state)):
-        raise ValueError("depth-wise decoding: states are stacked over the copies of a Repeat: build it with scan=False")
-    unit = jax.eval_shape(lambda: mixture.unit.init_state(1, LONG))
-    if mixture.config.cache == "shared" and any(leaf.shape[2] < LONG for leaf in jax.tree.leaves(unit) if leaf.ndim == 4):
-        raise ValueError("depth-wise decoding: windowed attention cannot share its keys between recursions of one batch")
+        raise ValueError("depth-wise decoding: states are stacked over the copies of a Repeat: give it scan=False")
     return middle

@@ -17,9 +17,8 @@ from archlab.layers.contract import Tokens, pytree
 
 @pytree
 class Slots:
-    """The `KVCache`s of n recursions, side by side in one: S is the sum of their slots. The first recursion stands last:
-    no other has more slots, so that wherever one begins, as many as the first one's follow. cursor [B, n]; sizes: the
-    slots of each recursion."""
+    """The `KVCache`s of n recursions side by side: S is the sum of their slots. The first recursion stands last: as no
+    other has more slots, as many as its own follow wherever one begins. sizes: the slots of each."""
 
     keys: Float[Array, "B G S K"]
     values: Float[Array, "B G S K"] | None
@@ -40,13 +39,15 @@ class Slots:
 class LaneCache:
     """Some lanes of `Slots`, to which attention is a cache of W rows: it may `append` one token, and look.
 
-    rows, recursions [W]: which lanes. writes [W]: whether they take the token; who does not only looks.
+    rows, recursions [W]: which lanes. writes [W]: whether they take the token; who does not only looks. Where the rows
+    are all rows in their order (`whole`), nothing is gathered: slots of other recursions are looked at and not seen.
     """
 
     slots: Slots
     rows: Int[Array, "W"]
     recursions: Int[Array, "W"]
     writes: Bool[Array, "W"]
+    whole: bool = dataclasses.field(metadata={"static": True})
 
     @property
     def keys(self) -> Float[Array, "W G S K"]:
@@ -62,9 +63,10 @@ class LaneCache:
 
     @property
     def segments(self) -> Int[Array, "W S"]:
-        """Of the lanes' own slots; those of other recursions, which stand behind them, are as if empty."""
-        own = jnp.arange(self.slots.sizes[0]) < self._of_each(self.slots.sizes)[:, None]
-        return jnp.where(own, self._look(self.slots.segments, 0), 0)
+        """Of the lanes' own slots; those of other recursions are as if empty."""
+        segments = self._look(self.slots.segments, 0)
+        slot = jnp.arange(segments.shape[1]) - (self._first()[:, None] if self.whole else 0)
+        return jnp.where((slot >= 0) & (slot < self._of_each(self.slots.sizes)[:, None]), segments, 0)
 
     @property
     def cursor(self) -> Int[Array, "W"]:
@@ -97,6 +99,8 @@ class LaneCache:
 
     def _look(self, store: jax.Array, axis: int) -> jax.Array:
         """The slots of each lane, as many as the first recursion has; `axis` of a row is the slots'."""
+        if self.whole:
+            return store
         if len(self.slots.sizes) == 1:
             return store[self.rows]
         size = (*store.shape[1:1 + axis], self.slots.sizes[0], *store.shape[2 + axis:])
@@ -126,9 +130,13 @@ def lanes_of(states: tuple[Any, ...]) -> Any:
 
 
 def look(memory: Any, rows: Int[Array, "W"], recursions: Int[Array, "W"], writes: Bool[Array, "W"]) -> Any:
-    """The state of some lanes, for a layer to continue from by one token."""
-    return jax.tree.map(lambda node: LaneCache(node, rows, recursions, writes) if isinstance(node, Slots)
-                        else node[rows, recursions], memory, is_leaf=_is_slots)
+    """The state of some lanes, for a layer to continue from by one token. If they are of all rows, then in order."""
+    def of(node):
+        if isinstance(node, Slots):
+            return LaneCache(node, rows, recursions, writes, whole=rows.size == node.cursor.shape[0])
+        return node[rows, recursions]
+
+    return jax.tree.map(of, memory, is_leaf=_is_slots)
 
 
 def settle(memory: Any, state: Any, rows: Int[Array, "W"], recursions: Int[Array, "W"]) -> Any:
