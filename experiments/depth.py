@@ -116,7 +116,9 @@ def train(arms: dict, size, runs: Runs) -> None:
                 corpus = load_corpus(FLAGS.data)
             if compiled is None:
                 compiled = TaskArm(arm, size) if arm.task else TextArm(
-                    arm, size, corpus, tokenizer, runs.path.parent / "models" / name)
+                    arm, size, corpus, tokenizer, runs.path.parent / "models" / name, best=min(
+                        (row["loss"] for (of, _, seed), row in runs.done.items() if of == key and not seed),
+                        default=math.inf))
             place = f"[{passed}/{total}] {name}, rate {rate:g}, seed {seed}"
             shown = time.perf_counter()
 

@@ -1,6 +1,5 @@
 """The models of `experiments.depth` at work: each is compiled once, for all its rates and seeds."""
 
-import math
 from pathlib import Path
 
 import jax
@@ -22,12 +21,12 @@ SHOWN = 4  # rows of a text whose depths are kept
 
 
 class TextArm:
-    """A model of text: compiled once, trained and evaluated at many rates and seeds. Of those with seed 0 the best is
-    saved into `folder`."""
+    """A model of text: compiled once, trained and evaluated at many rates and seeds. Of those with seed 0 what is
+    better than a loss of `best` is saved into `folder`."""
 
-    def __init__(self, arm: Arm, size: Size, corpus, tokenizer, folder: Path):
+    def __init__(self, arm: Arm, size: Size, corpus, tokenizer, folder: Path, best: float):
         self.arm, self.size, self.corpus, self.tokenizer = arm, size, corpus, tokenizer
-        self.folder, self.best = folder, math.inf
+        self.folder, self.best = folder, best
         self.fits = Fits(arm.model, arm.steps)
         self.held_out = validation_batches(corpus, tokenizer, size.context, size.rows, size.eval_batches)
 

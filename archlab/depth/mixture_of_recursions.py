@@ -121,7 +121,8 @@ class MixtureOfRecursionsModule(Layer):
         self.unit = recurring(config.unit, config.n, rngs, at, uses=float(sum(config.shares)))
         once = isinstance(config.router, DepthChoice)
         self.router = config.router.build(rngs, at, config.n) if once else None
-        self.routers = None if once else nnx.List([config.router.build(rngs, at) for _ in self.shares])
+        place = lambda r: at._replace(index=at.index + r * config.unit.branches)
+        self.routers = None if once else nnx.List([config.router.build(rngs, place(r)) for r in range(config.n)])
 
     def init_state(self, batch, max_length, dtype=jnp.float32, memory=None):
         sizes = tuple(max(1, budget(room, max_length)) for room in self.rooms)

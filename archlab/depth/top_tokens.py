@@ -109,17 +109,22 @@ class TopTokensModule(nnx.Module):
 class RandomTokens(Config):
     """The control: tokens are drawn without looking at them, and nothing is multiplied (arXiv:2404.02258, section 4.1).
 
-    In the training form each step draws anew. Otherwise what is drawn depends on the place in the document alone, so
-    that pieces and packed rows agree.
+    In the training form each step draws anew. Otherwise what is drawn depends on the layer and on the place in the
+    document alone, so that pieces and packed rows agree.
     """
 
     warmup = 0
 
     def build(self, rngs: nnx.Rngs, at: Place) -> "RandomTokensModule":
-        return RandomTokensModule()
+        return RandomTokensModule(at)
 
 
 class RandomTokensModule(nnx.Module):
+    """Variable: layer, its number, which no gradient moves."""
+
+    def __init__(self, at: Place):
+        self.layer = nnx.Variable(jnp.asarray(at.index, jnp.int32), letters="->")
+
     def __call__(self, x, candidates, share, room, places, tokens, passed, look_ahead) -> Choice:
         """As of `TopTokensModule`."""
         none, gate = jnp.zeros((), wide(x).dtype), jnp.where(candidates, jnp.ones((), wide(x).dtype), 0)
@@ -127,7 +132,8 @@ class RandomTokensModule(nnx.Module):
             noise = jax.random.uniform(tokens.training.key, candidates.shape)
             chosen = choose_best(noise, candidates, share, budget(share, tokens.real.sum(1)))
             return Choice(chosen, gate, passed, none, None)
-        draw = lambda place: jax.random.uniform(jax.random.fold_in(jax.random.key(0), place))
+        key = jax.random.fold_in(jax.random.key(0), self.layer[...])
+        draw = lambda place: jax.random.uniform(jax.random.fold_in(key, place))
         wish = candidates & (jax.vmap(jax.vmap(draw))(places) < float(share))
         chosen, passed = choose_within_budget(wish, room, places, tokens.real, passed)
         return Choice(chosen, gate, passed, none, None)

@@ -12,6 +12,7 @@ from archlab.depth.top_tokens import RandomTokens, TopTokens
 from archlab.layers.alphabet import parameters_of
 from archlab.layers.contract import Place, Tokens, Training
 from archlab.layers.mlp import SwiGLU
+from archlab.layers.repeat import Repeat
 from archlab.layers.residual import Residual
 from archlab.layers.sequence import Sequence
 from archlab.recurrence.mamba import Mamba
@@ -135,6 +136,9 @@ def test_only_the_predictor_learns_to_predict(float64):
 def test_random_tokens_are_drawn_anew(float64):
     made = module(MixtureOfDepths(Residual(SwiGLU(12)), 0.5, RandomTokens()))
     draw = lambda seed: made(stream(), tokens_of(np.ones((B, T)), Training(jax.random.key(seed), 0)))[2].traces["depth"]
+    stack = module(Repeat(MixtureOfDepths(Residual(SwiGLU(12)), 0.5, RandomTokens()), 2))
+    first, second = stack(stream(), tokens_of(np.ones((B, T))))[2].traces["unit/depth"]
+    assert (first != second).any() and (first[0] == first[1]).all()
     assert (draw(0).sum(1) == T // 2).all() and (draw(0) != draw(1)).any() and (draw(0)[0] != draw(0)[1]).any()
 
 
