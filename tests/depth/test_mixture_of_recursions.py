@@ -189,7 +189,7 @@ def test_accounts():
     (lambda: MixtureOfRecursions(BLOCK, 2, cache="share"), r"cache = 'share'"),
     (lambda: MixtureOfRecursions(BLOCK, 2, (0.5, 0.5), cache="shared"), r"the first must be 1"),
     (lambda: MixtureOfRecursions(MAMBA, 2, cache="shared").check(D), r"cache = 'shared': wants a unit whose only"),
-    (lambda: MixtureOfRecursions(Residual(Attention(2, window=9)), 2, cache="shared").check(D), r"over all of the te"),
+    (lambda: MixtureOfRecursions(Residual(Attention(2, window=9)), 2, cache="shared").check(D), r"attention over all"),
 ])
 def test_errors(make, words):
     with pytest.raises(ValueError, match=words):
