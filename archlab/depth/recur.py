@@ -102,7 +102,7 @@ class RecurModule(Layer):
     def _compute(self, flow: Flow, tokens: Tokens, i, state) -> tuple[Flow, tuple[Any, Aux]]:
         unit, before = of_recursion(self.unit, i), flow.x
         if self.signal is not None:
-            before = before + self.signal.signal(before, tokens.positions, i)
+            before = before + self.signal.signal(before, tokens, i)
         inner = dataclasses.replace(tokens.provide(flow.provided).fold(i), last_only=False)
         if self.halting is None or self._has_keys(tokens):
             after, state, aux = unit(before, inner, state)

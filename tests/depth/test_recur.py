@@ -1,5 +1,7 @@
 """Recurrence in depth and adaptive computation time, against loops written from the papers."""
 
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -121,6 +123,21 @@ def test_recurrent_units_skip_halted_tokens(float64):
         np.testing.assert_allclose(form, mixed, rtol=1e-9, atol=1e-9)
 
 
+def test_offset_of_places(float64):
+    """In the training form a row's places begin anywhere up to `offset`, the same at all steps; otherwise at 0."""
+    signal, x = Coordinates(offset=5), jnp.zeros((40, 3, D))
+    train = tokens_of(np.ones((40, 3)), Training(jax.random.key(0), jnp.int32(0)))
+    shifted = [Coordinates().signal(x, dataclasses.replace(train, positions=train.positions + by), 1)
+               for by in range(6)]
+    drawn = signal.signal(x, train, 1)
+    by = [next(k for k in range(6) if np.allclose(drawn[row], shifted[k][row], atol=1e-12)) for row in range(40)]
+    assert set(by) == set(range(6))
+    np.testing.assert_allclose(signal.signal(x, train, 2) - drawn,
+                               Coordinates().signal(x, train, 2) - Coordinates().signal(x, train, 1), atol=1e-12)
+    plain = tokens_of(np.ones((40, 3)))
+    np.testing.assert_array_equal(signal.signal(x, plain, 1), Coordinates().signal(x, plain, 1))
+
+
 def test_ponder_loss_teaches_to_halt(float64):
     """Its gradient comes from the remainder alone: the bias should rise, so that halting comes sooner."""
     made = undecided(Recur(Residual(SwiGLU(12)), 4, None, ACT(), scan=False))
@@ -208,6 +225,7 @@ def test_depth_accounting():
     (lambda: ACT(mixture="mean"), "ACT.mixture = 'mean': there are running, accumulated"),
     (lambda: ACT(epsilon=1.5), "ACT.epsilon = 1.5: must lie between 0 and 1"),
     (lambda: ACT(ponder=-1.0), "ACT.ponder = -1.0: must be 0"),
+    (lambda: Coordinates(offset=-1), "Coordinates.offset = -1: must be 0"),
     (lambda: Coordinates(base=1.0), "Coordinates.base = 1.0: must be above 1"),
     (lambda: Recur(Residual(SwiGLU(4)), 2, Coordinates()).check(7), "the width 7 must be even"),
     (lambda: Recur(BLOCK, 2).check(9), "Attention.heads = 2: must divide the width 9"),
