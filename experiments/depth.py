@@ -22,7 +22,7 @@ file, no network). Where a speed.json lies there, as `experiments.recursion --pa
 a table, and draws loss against it.
 
 Cost: --preset=quick 6 minutes on four CPU cores that also did other work, nearly all of it compilation; --preset=cpu
-64 runs of 1.5e12 FLOPs on text and 36 of 0.8e12 on tasks, of about 40 seconds each on such a machine: an hour and more.
+64 runs of 1.5e12 FLOPs on text and 48 of 0.8e12 on tasks, of about 40 seconds each on such a machine: an hour and more.
 """
 
 import dataclasses
