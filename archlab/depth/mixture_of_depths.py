@@ -8,12 +8,11 @@ import dataclasses
 from fractions import Fraction
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Int
 
-from archlab.depth.gather import through, where_any
+from archlab.depth.gather import through
 from archlab.depth.routing import as_share, budget, check_share, with_slack
 from archlab.depth.top_tokens import RandomTokens, TopTokens
 from archlab.layers.alphabet import reuse
@@ -93,18 +92,11 @@ class MixtureOfDepthsModule(Layer):
         places, last, length = count_positions(tokens.segments, last, length)
         choice = self.router(x, tokens.real, self.config.share, self.room, places, tokens, passed, look_ahead)
 
-        run = lambda slots: through(self.unit, x, choice.chosen, slots, tokens, past)
         if look_ahead:
             slots, warmup = max(1, budget(self.config.share, T)), self.config.router.warmup
-            y, inner, aux = run(slots) if not warmup else jax.lax.cond(
-                tokens.training.step < warmup, lambda: run(T), lambda: run(slots))
-        elif state is None:
-            y, inner, aux = run(max(1, budget(self.room, T)))
-        elif T == 1:  # a step of decoding does only what it must
-            y, inner, aux = where_any(choice.chosen, lambda: run(1), past)
-        else:  # a piece may spend what its document has saved
-            y, inner, aux = run(min(T, state.slots))
-
+        else:  # a piece that continues from a state may spend what its document has saved
+            slots, warmup = max(1, budget(self.room, T)) if state is None else min(T, state.slots), 0
+        y, inner, aux = through(self.unit, x, choice.chosen, slots, tokens, past, warmup)
         added = jnp.where(choice.chosen[:, :, None], y - x, 0)
         said = aux.under("unit") | Aux({"router": choice.loss},
                                        {"depth": choice.chosen.astype(jnp.int32), "gate": choice.gate})

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Int
 
 from archlab.attention.cache import KVCache
 from archlab.depth.depth_choice import DepthChoice
-from archlab.depth.gather import through, where_any
+from archlab.depth.gather import through
 from archlab.depth.own import join_updates, of_recursion, recurring
 from archlab.depth.routing import as_share, budget, check_share, choose_within_budget, with_slack
 from archlab.depth.top_tokens import RandomTokens, TopTokens
@@ -150,7 +150,7 @@ class MixtureOfRecursionsModule(Layer):
         unit, counts, gates, agreements, said, loss = _Unit(self, tokens, state), [], [], [], Aux(), 0
         for r, router in enumerate(self.routers):
             choice = router(x, active, self.shares[r], self.rooms[r], places, tokens.fold(r), passed[:, r], look_ahead)
-            y, aux = unit.recur(r, x, choice.chosen, look_ahead, all_pass=self.shares[r] == 1)
+            y, aux = unit.recur(r, x, choice.chosen, self.shares[r] == 1, look_ahead)
             x = x + choice.gate[:, :, None].astype(x.dtype) * y
             active, depth = choice.chosen, depth + choice.chosen
             counts.append(choice.passed)
@@ -177,8 +177,8 @@ class MixtureOfRecursionsModule(Layer):
 
         unit, first, said = _Unit(self, tokens, state), x, choice.aux.under("router")
         for r, chosen in enumerate(takes):
-            chosen, slots = (chosen & last, 1) if alone and r else (chosen, None)
-            y, aux = unit.recur(r, x, chosen, all_pass=r == 0 and self.shares[0] == 1, slots=slots)
+            chosen = chosen & last if alone and r else chosen
+            y, aux = unit.recur(r, x, chosen, r == 0 and self.shares[0] == 1, most=1 if alone and r else None)
             home = jnp.where((depth == r + 1)[:, :, None], first, 0)
             gate = choice.gates[:, :, r, None].astype(x.dtype)
             x = jnp.where(chosen[:, :, None], gate * y + home, x)
@@ -196,26 +196,22 @@ class _Unit:
         self.shared = mixture.config.cache == "shared"
         self.kept, self.said = [], []
 
-    def recur(self, r: int, x, chosen: Bool[Array, "B T"], look_ahead: bool = False, all_pass: bool = False,
-              slots: int | None = None):
-        """The unit's output for the chosen tokens, 0 for others; its aux. slots: for how many of a row there is room;
+    def recur(self, r: int, x, chosen: Bool[Array, "B T"], all_pass: bool, look_ahead: bool = False,
+              most: int | None = None):
+        """The unit's output for the chosen tokens, 0 for others; its aux. most: how many of a row are chosen at most;
         None for the recursion's share."""
-        tokens, past = self._reading(r, x)
-        unit, T, warmup = of_recursion(self.mixture.unit, r), x.shape[1], 0
+        (tokens, past), mixture, T = self._reading(r, x), self.mixture, x.shape[1]
         if look_ahead:
-            slots, warmup = max(1, budget(self.mixture.shares[r], T)), self.mixture.config.router.warmup
-        elif slots is None:  # a piece that continues from a state may spend what its document has saved
-            slots = max(1, budget(self.mixture.rooms[r], T)) if self.state is None else min(T, self.state.slots[r])
-        run = lambda slots: through(unit, x, chosen, slots, tokens, past)
+            slots = max(1, budget(mixture.shares[r], T))
+        else:  # a piece that continues from a state may spend what its document has saved
+            slots = max(1, budget(mixture.rooms[r], T)) if self.state is None else min(T, self.state.slots[r])
+        unit = of_recursion(mixture.unit, r)
         if all_pass:  # and they stand in front already
             y, state, aux = unit(x, tokens, past)
             y = jnp.where(chosen[:, :, None], y, 0)
-        elif warmup:
-            y, state, aux = jax.lax.cond(tokens.training.step < warmup, lambda: run(T), lambda: run(slots))
-        elif T == 1 and self.state is not None:  # a step of decoding does only what it must
-            y, state, aux = where_any(chosen, lambda: run(1), past)
         else:
-            y, state, aux = run(slots)
+            y, state, aux = through(unit, x, chosen, most or slots, tokens, past,
+                                    mixture.config.router.warmup if look_ahead else 0)
         if self.shared and r == 0:
             self.past = state
         elif not self.shared:
@@ -232,7 +228,7 @@ class _Unit:
             return dataclasses.replace(tokens, keys="read"), self.past
         if self.state is not None:
             return tokens, self.state.units[0]
-        like = jax.eval_shape(lambda: self.mixture.unit.init_state(*x.shape[:2]))
+        like = jax.eval_shape(lambda: of_recursion(self.mixture.unit, 0).init_state(*x.shape[:2]))
         return dataclasses.replace(tokens, keys="keep"), jax.tree.map(lambda _: None, like, is_leaf=_is_cache)
 
     def states(self):

@@ -115,7 +115,8 @@ def test_caches_shrink(length):
 
 def test_warmup(float64):
     """The capacity falls from all tokens to its share by half a cosine; so does the number of those who pass."""
-    made = module(MixtureOfDepths(Residual(SwiGLU(12)), 0.25, TopTokens("linear", warmup=8)))
+    unit = Sequence(Residual(SwiGLU(12)), MixtureOfDepths(Residual(SwiGLU(12)), 0.5))  # which has traces of [B, T]
+    made = module(MixtureOfDepths(unit, 0.25, TopTokens("linear", warmup=8)))
     run = jax.jit(lambda step: made(stream(), tokens_of(np.ones((B, T)), Training(jax.random.key(0), step)))[2])
     for step in range(12):
         share = 0.25 + 0.75 * 0.5 * (1 + np.cos(np.pi * min(step / 8, 1)))
