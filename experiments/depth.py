@@ -44,6 +44,7 @@ FLAGS = flags.FLAGS
 flags.DEFINE_list("studies", list(LETTERS), f"Some of {', '.join(LETTERS)}.")
 flags.DEFINE_enum("preset", "cpu", ["quick", "cpu"], "quick: does it run? cpu: what small models can tell.")
 flags.DEFINE_integer("seeds", None, "Runs at the best rate. The preset's by default.")
+flags.DEFINE_integer("steps", None, "Of training on text, (a)'s Mixture-of-Recursions. The preset's by default.")
 flags.DEFINE_string("data", "stdlib", "The corpus of (a) to (e): stdlib, text:GLOB or tfds:NAME[/CONFIG], in bytes.")
 flags.DEFINE_bool("train", True, "--notrain: only draw the runs that the folder has.")
 flags.DEFINE_string("out", "runs/depth", "The folder of the results.")
@@ -161,10 +162,11 @@ def main() -> None:
     if unknown or not FLAGS.studies:
         raise ValueError(f"--studies has {unknown[0]!r}: {near(unknown[0], LETTERS)}" if unknown else
                          f"--studies is empty: give some of {', '.join(LETTERS)}")
-    if FLAGS.seeds is not None and FLAGS.seeds < 1:
-        raise ValueError(f"--seeds = {FLAGS.seeds}: must be at least 1")
+    for flag in ("seeds", "steps"):
+        if FLAGS[flag].value is not None and FLAGS[flag].value < 1:
+            raise ValueError(f"--{flag} = {FLAGS[flag].value}: must be at least 1")
     size = SIZES[FLAGS.preset]
-    size = dataclasses.replace(size, seeds=FLAGS.seeds or size.seeds)
+    size = dataclasses.replace(size, seeds=FLAGS.seeds or size.seeds, steps=FLAGS.steps or size.steps)
     studies = {letter: STUDIES[letter](size) for letter in FLAGS.studies}
     arms = {digest(arm, size): (name, arm) for study in studies.values() for name, arm in study.arms.items()}
     out = Path(FLAGS.out)
