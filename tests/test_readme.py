@@ -27,6 +27,8 @@ SMALL = {  # flags that make a command small; what comes last wins
     "moe_ablation": "--studies=collapse",
     "tasks": "--models=attention --tasks=parity-tiny --widths=16 --steps=2",
     "recurrence": "--lengths=40 --repeats=1 --heads=2 --groups=1 --keys=8 --values=8",
+    "recursion": "--parts=cache,decode --width=64 --blocks=1 --new_tokens=4",
+    "depth": "--studies=a --seeds=1",
     "bench": "--batch=1 --context=32 --steps=1 --contexts=32 --new_tokens=4 --repeats=1",
 }
 
