@@ -1,32 +1,26 @@
-"""Measures decoding in depth-wise batches against lock-step, in which every row waits for the deepest.
+"""Measures decoding in depth-wise batches against decoding in which every token takes the time of all recursions.
 
-    python -m experiments.depthwise --rows=32 --mean_depths=2
+    python -m experiments.depthwise --rows=64 --mean_depths=1.5,2,2.5
 
 The model: a byte vocabulary; a block in front, a unit of `--unit` blocks that recurs up to three times, a block behind;
 weights are random. The load: every token says by its own stream how deep it goes (`DepthChoice`); biases of the router
 are set so that depths 1, 2 and 3 come in the shares of `LOADS`, and capacities are what that asks for, so that caches
-are the same in all forms. Text is drawn at temperature 1. As many requests as rows, `--waves` times, all of one length,
-so that what is measured is depth alone: lock-step never waits for a longer text. Three forms meet the same moods of the
-machine, turn by turn. Each is timed, prefill included, in the steady state: while there is a queue, after a first wave.
+are the same in both forms. Budgets cut some tokens short, so the depth really used, which is shown, is a little less.
+Text is drawn at temperature 1. Two forms meet the same moods of the machine, turn by turn:
 
-    depth-wise   `DepthwiseDecoder`
-    lock-step    the same with both applications as wide as the batch: the unit runs for the whole batch until its
-                 deepest token is done, then the rest does
-    padded       the model's own step for batches of as many rows, as in `generate`, with caches of the same slots:
-                 each recursion's own, read in place
+    depth-wise   `DepthwiseDecoder` in its steady state: texts of all ages are in flight, and the queue does not end
+    padded       the model's own step for as many rows, over and over in one program: each recursion runs for the whole
+                 batch, its caches, of the same slots, read in place
 
-The bound is what no idle lane and no overhead would give: the ratio of blocks run for a token at full and at mean
-depth. FLOPs are those of the programs times how often they ran, against what the depths used ask for. Medians of
-ratios; the last line is JSON.
+What is compared is decoding alone; reading a prompt is timed apart, for depth-wise prompts are read one by one. Medians
+over the turns, of the ratio too. The bound is the ratio of blocks that a token passes at full depth and at the depth
+used: what no overhead would give, if a row cost the same in a batch of any size. The last line is JSON.
 
-Some minutes a row of the table on four CPU cores. Seen there, on a busy machine, at the lightest load and 64 rows:
-1.2 to 1.7 times lock-step, and no gain over padded with prefill counted, for depth-wise prompts are read one by one.
-Decoding alone, it was some 1.1 times padded with a unit of 4 blocks and 1.2 times with one of 8.
+On four busy CPU cores some minutes a row of the table.
 """
 
 import itertools
 import json
-import statistics
 import time
 
 from absl import flags
@@ -34,13 +28,13 @@ from absl import flags
 from experiments import common
 
 FLAGS = flags.FLAGS
-flags.DEFINE_list("rows", ["8", "32", "64"], "Requests in flight.")
+flags.DEFINE_list("rows", ["64"], "Requests in flight.")
 flags.DEFINE_list("mean_depths", ["1.5", "2", "2.5"], "Of the load; keys of LOADS.")
-flags.DEFINE_integer("width", 256, "Of the stream.")
-flags.DEFINE_integer("unit", 4, "Blocks in the unit.")
+flags.DEFINE_integer("width", 512, "Of the stream.")
+flags.DEFINE_integer("unit", 6, "Blocks in the unit.")
 flags.DEFINE_integer("new_tokens", 112, "Of each request, after a prompt of 16.")
-flags.DEFINE_integer("waves", 3, "Requests for each row, the first of which is not timed: at least 2.")
-flags.DEFINE_integer("repeats", 5, "Turns behind each median.")
+flags.DEFINE_integer("steps", 16, "Of the model's own, behind one measurement; depth-wise makes as many tokens.")
+flags.DEFINE_integer("turns", 9, "Measurements behind each median.")
 flags.DEFINE_string("takes", None, "unit_rows/rows,rest_rows/rows, as in 0.75,0.25; None for the decoder's choice.")
 
 LOADS = {"1.5": (0.65, 0.2, 0.15), "2": (1 / 3, 1 / 3, 1 / 3), "2.5": (0.15, 0.2, 0.65)}  # of depths 1, 2, 3
@@ -55,14 +49,16 @@ def main() -> None:
     for load in loads:
         if load not in LOADS:
             raise ValueError(f"--mean_depths={load}: there are {', '.join(LOADS)}")
-    if min(*all_rows, FLAGS.unit, FLAGS.new_tokens, FLAGS.waves - 1, FLAGS.repeats) < 1:
-        raise ValueError("--rows, --unit, --new_tokens and --repeats must be at least 1, --waves at least 2")
+    if min(*all_rows, FLAGS.unit, FLAGS.steps, FLAGS.new_tokens - FLAGS.steps + 1, FLAGS.turns) < 1:
+        raise ValueError("--rows, --unit, --steps and --turns must be at least 1, --new_tokens at least --steps")
     takes = [float(share) for share in FLAGS.takes.split(",")] if FLAGS.takes else None
     results = []
     for load in loads:
         model = mixed_load(LOADS[load], FLAGS.width, FLAGS.unit)
         for rows in all_rows:
-            results.append({"load": load} | compare(model, rows, FLAGS.new_tokens, FLAGS.waves, FLAGS.repeats, takes))
+            measured = compare(model, rows, FLAGS.new_tokens, FLAGS.steps, FLAGS.turns, takes)
+            blocks = lambda depth: FLAGS.unit * depth + 2
+            results.append({"load": load, "rows": rows} | measured | {"bound": blocks(3) / blocks(measured["depth"])})
     shown = Table(box=None, header_style="bold")
     for column in results[0]:
         shown.add_column(column.replace("_", " "), justify="right")
@@ -109,73 +105,82 @@ def mixed_load(shares: tuple[float, ...], width: int, blocks: int):
     return model
 
 
-def compare(model, rows: int, new_tokens: int, waves: int, repeats: int, takes=None) -> dict:
-    """Tokens a second of the three forms, and what the depth-wise one ran."""
+def compare(model, rows: int, new_tokens: int, steps: int, turns: int, takes=None) -> dict:
+    """Tokens a second of both forms, and how full the applications of the depth-wise one were."""
     import jax
-    import jax.numpy as jnp
     import numpy as np
 
     from archlab.inference.depthwise import DepthwiseDecoder
 
-    total, length = rows * waves, PROMPT + new_tokens
-    prompts = np.random.default_rng(0).integers(0, model.config.vocab, (total, PROMPT))
-    takes = [None, None] if takes is None else [max(1, round(share * rows)) for share in takes]
-    engines = {"depthwise": DepthwiseDecoder(model, rows, length, *takes),
-               "lockstep": DepthwiseDecoder(model, rows, length, rows, rows)}
+    rng, length = np.random.default_rng(0), PROMPT + new_tokens
+    prompts = rng.integers(0, model.config.vocab, (rows, PROMPT)).astype(np.int32)
+    read = jax.jit(lambda model, prompts: model(prompts, model.init_state(rows, length), logits="none").state)
 
     @jax.jit
-    def write(model, prompts, key):
+    def write(model, state, ids, key):
         def step(i, carry):
-            state, ids, text = carry
+            state, ids = carry
             out = model(ids, state, logits="last")
-            ids = jax.random.categorical(jax.random.fold_in(key, i), out.logits[:, 0])[:, None]
-            return out.state, ids, text.at[:, i].set(ids[:, 0])
+            return out.state, jax.random.categorical(jax.random.fold_in(key, i), out.logits[:, 0])[:, None]
 
-        state = model(prompts[:, :-1], model.init_state(rows, length), logits="none").state
-        text = jnp.zeros((rows, new_tokens), prompts.dtype)
-        return jax.lax.fori_loop(0, new_tokens, step, (state, prompts[:, -1:], text))[2]
+        return jax.lax.fori_loop(0, steps, step, (state, ids.astype(jax.numpy.int32)))
 
-    def padded():
-        for wave in range(1, waves):
-            part = jnp.asarray(prompts[wave * rows:(wave + 1) * rows], jnp.int32)
-            jax.block_until_ready(write(model, part, jax.random.key(wave)))
+    def padded(turn):
+        """Tokens a second, and milliseconds to read a prompt."""
+        reading, state = timed(read, model, prompts[:, :-1])
+        writing, _ = timed(write, model, state, prompts[:, -1:], jax.random.key(turn))
+        return rows * steps / writing, 1e3 * reading / rows
 
-    def steady(engine):
-        """Seconds and texts of all waves but the first, from a queue that does not end."""
-        texts = engine.run(((prompts[i % total], new_tokens) for i in itertools.count()), temperature=1.0)
-        list(itertools.islice(texts, rows))
-        began = time.perf_counter()
-        finished = list(itertools.islice(texts, total - rows))
-        return time.perf_counter() - began, finished
+    decoder = DepthwiseDecoder(model, rows, length, *([None, None] if takes is None else
+                                                      [max(1, round(share * rows)) for share in takes]))
+    reads, board = [], decoder._board  # seconds
 
-    seconds, finished = {name: [] for name in (*engines, "padded")}, []
-    for turn in range(repeats + 1):
-        for name, engine in engines.items():
-            taken, texts = steady(engine)
-            seconds[name].append(taken)
-            finished = texts if name == "depthwise" else finished
-        began = time.perf_counter()
-        padded()
-        seconds["padded"].append(time.perf_counter() - began)
-    seconds = {name: times[1:] for name, times in seconds.items()}  # the first compiled
+    def watched(*args):
+        seconds, flight = timed(board, *args)
+        reads.append(seconds)
+        return flight
 
-    speed = {name: (total - rows) * new_tokens / statistics.median(times) for name, times in seconds.items()}
-    ratio = lambda name: statistics.median(b / a for a, b in zip(seconds["depthwise"], seconds[name]))
-    depths = np.concatenate([f.depths for f in finished])
-    decoder = engines["depthwise"]  # its work: of the first wave too
-    unit, rest = decoder.flops()
-    work, (unit_rows, rest_rows) = decoder.work, decoder.takes
-    mean = depths.mean()
-    ideal = int(work.unit_tokens) * unit / unit_rows + int(work.rest_tokens) * rest / rest_rows
-    spent = int(work.unit_calls) * unit + int(work.rest_calls) * rest
-    needed = unit / unit_rows * mean + rest / rest_rows
-    full = unit / unit_rows * model.config.body.layers[1].n + rest / rest_rows
-    return {"rows": rows, "depth": float(mean),
-            **{f"{name}_tokens_s": rate for name, rate in speed.items()},
-            "over_lockstep": ratio("lockstep"), "over_padded": ratio("padded"), "bound": full / needed,
-            "flops_over_ideal": spent / ideal,
-            "unit_full": float(work.unit_tokens / (work.unit_calls * unit_rows)),
-            "rest_full": float(work.rest_tokens / (work.rest_calls * rest_rows))}
+    decoder._board = watched
+    # of the first texts each ends at an age of its own, so that later ones do not go in step
+    queue = ((prompts[i % rows], int(rng.integers(1, new_tokens + 1)) if i < rows else new_tokens)
+             for i in itertools.count())
+    texts = decoder.run(queue, temperature=1.0)
+    list(itertools.islice(texts, rows))
+
+    def depthwise():
+        """As of `padded`; the mean depth; tokens in one application of the unit, and of the rest."""
+        reads.clear()
+        before, made, began = _numbers(decoder.work), 0, time.perf_counter()
+        while made < rows * steps:
+            next(texts)
+            unit_calls, unit_tokens, rest_calls, made = (_numbers(decoder.work) - before).tolist()
+        writing = time.perf_counter() - began - sum(reads)
+        return (made / writing, 1e3 * float(np.median(reads)), unit_tokens / made, unit_tokens / unit_calls,
+                made / rest_calls)
+
+    padded(0), depthwise()  # compiles
+    seen = np.array([(*depthwise(), *padded(turn)) for turn in range(turns)])
+    speed, prompt_ms, depth, unit_rows, rest_rows, padded_speed, padded_prompt_ms = np.median(seen, 0).tolist()
+    return {"depthwise_tokens_s": speed, "padded_tokens_s": padded_speed,
+            "ratio": float(np.median(seen[:, 0] / seen[:, 5])), "depth": depth,
+            "unit_full": unit_rows / decoder.takes[0], "rest_full": rest_rows / decoder.takes[1],
+            "prompt_ms": prompt_ms, "padded_prompt_ms": padded_prompt_ms}
+
+
+def timed(program, *args):
+    """Seconds, and what came of it."""
+    import jax
+
+    jax.block_until_ready(args)
+    began = time.perf_counter()
+    result = jax.block_until_ready(program(*args))
+    return time.perf_counter() - began, result
+
+
+def _numbers(work):
+    import numpy as np
+
+    return np.array([work.unit_calls, work.unit_tokens, work.rest_calls, work.rest_tokens], int)
 
 
 if __name__ == "__main__":

@@ -18,28 +18,16 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from archlab.analysis.flops import count
 from archlab.depth.depth_choice import DepthChoice
-from archlab.depth.mixture_of_recursions import MixtureOfRecursions, MixtureOfRecursionsModule
+from archlab.depth.mixture_of_recursions import MixtureOfRecursionsModule
 from archlab.depth.routing import choose_within_budget
+from archlab.inference.admission import Request, admitted, around_recursion, find_recursion
 from archlab.inference.lanes import lanes_of, look, replace_row, settle
 from archlab.inference.sampling import Sampling, sample
-from archlab.layers.alphabet import variables_of
 from archlab.layers.contract import Tokens, pytree
 from archlab.layers.repeat import unstack
-from archlab.layers.sequence import Sequence
 from archlab.layers.weights import merge, split
-from archlab.model import LanguageModel, Model
-
-PROMPT = 16  # the shortest prompt that a program is compiled for
-BATCH = 7919  # of a state whose shapes alone are looked at: a number that no layer has
-
-
-class Request(NamedTuple):
-    """prompt: token ids, at least one. new_tokens: how many to add."""
-
-    prompt: Any
-    new_tokens: int
+from archlab.model import Model
 
 
 class Finished(NamedTuple):
@@ -66,10 +54,10 @@ class Flight:
     """All that is in flight, B rows: the memory of the layers around the recursion, and the unit's, as lanes.
 
     Of the token that each row is at: token, place in its document, x (the stream), first (the stream before all
-    recursions), depth (recursions taken), gate (of the recursion it goes on to), ready (for the unit; else for the
-    rest), since (when it began to wait). passed [B, n]: as in `RecursionState`. Of its request: alive (in flight),
-    fresh (its prompt's last token has not entered yet), number, limit (of new tokens), made (so far), text and depths
-    [B, max_length].
+    recursions), depth (recursions taken), goal (how many it takes, as far as that is settled), gates [B, n] (of the
+    recursions up to there), since (when it began to wait). passed [B, n]: as in `RecursionState`. Of its request: alive
+    (in flight), fresh (its prompt's last token has not entered yet), number, limit (of new tokens), made (so far), text
+    and depths [B, max_length].
     """
 
     around: Any
@@ -79,8 +67,8 @@ class Flight:
     x: Float[Array, "B D"]
     first: Float[Array, "B D"]
     depth: Int[Array, "B"]
-    gate: Float[Array, "B"]
-    ready: Bool[Array, "B"]
+    goal: Int[Array, "B"]
+    gates: Float[Array, "B n"]
     since: Int[Array, "B"]
     passed: Int[Array, "B n"]
     alive: Bool[Array, "B"]
@@ -94,11 +82,11 @@ class Flight:
 
     @property
     def for_unit(self) -> Bool[Array, "B"]:
-        return self.alive & self.ready
+        return self.alive & (self.depth < self.goal)
 
     @property
     def for_rest(self) -> Bool[Array, "B"]:
-        return self.alive & ~self.ready
+        return self.alive & (self.depth == self.goal)
 
 
 class _Choice(NamedTuple):
@@ -114,7 +102,7 @@ class DepthwiseDecoder:
 
     rows: B, the requests in flight. max_length: the most tokens of a prompt and its continuation; it is declared to
     positions that depend on the length. unit_rows, rest_rows: how many rows one application takes, at most; None for
-    3/4 and 1/4 of all. While there is a queue all applications are full where the two sum to no more than rows + 1.
+    5/8 and 3/8 of all. While there is a queue all applications are full where the two sum to no more than rows + 1.
     Both as many as the rows is lock-step: nobody goes on before all others are done.
 
     `work` is what the last `run` has taken so far. Raises: ValueError for models that it cannot decode (each recursion
@@ -123,14 +111,14 @@ class DepthwiseDecoder:
 
     def __init__(self, model: Model, rows: int = 32, max_length: int = 512, unit_rows: int | None = None,
                  rest_rows: int | None = None):
-        unit_rows = max(1, 3 * rows // 4) if unit_rows is None else unit_rows
-        rest_rows = max(1, rows // 4) if rest_rows is None else rest_rows
+        unit_rows = max(1, 5 * rows // 8) if unit_rows is None else unit_rows
+        rest_rows = max(1, 3 * rows // 8) if rest_rows is None else rest_rows
         for name, value, most in [("rows", rows, None), ("max_length", max_length, model.config.body.longest),
                                   ("unit_rows", unit_rows, rows), ("rest_rows", rest_rows, rows)]:
             if not isinstance(value, int) or value < 1 or most is not None and value > most:
                 raise ValueError(f"{name} = {value!r}: must be a whole number from 1 to {most or 'any'}")
         self.model_config, self.rows, self.max_length = model.config, rows, max_length
-        self._middle = _check(model, max_length)
+        self._middle = find_recursion(model, max_length)
         self.takes = unit_rows, rest_rows
         structure, parameters, rest = split(unstack(model))
         self._structure, self._weights, self.work = structure, (parameters, rest), None
@@ -154,7 +142,7 @@ class DepthwiseDecoder:
         if ends.size and (ends.dtype.kind not in "iu" or ends.min() < 0 or ends.max() >= vocab):
             raise ValueError(f"eos = {eos!r}: must be of the vocabulary, from 0 to {vocab - 1}")
         choice = _Choice((nnx.Rngs(0) if rngs is None else rngs).sample(), sampling.as_arrays(), ends.astype(np.int32))
-        queue = enumerate(self._checked(request) for request in requests)
+        queue = enumerate(admitted(request, vocab, self.max_length) for request in requests)
         flight, alive = self._begin(self._weights), np.zeros(self.rows, bool)
         while True:
             for row in np.flatnonzero(~alive):
@@ -171,34 +159,6 @@ class DepthwiseDecoder:
                 yield Finished(int(number[row]), text[row, :made[row]], depths[row, :made[row]])
             alive = now.copy()
 
-    def _checked(self, request: Request | tuple):
-        """The arguments of a request for `_admit`, its prompt padded to a power of two."""
-        prompt, new = request
-        prompt, vocab = np.asarray(prompt), self.model_config.vocab
-        if prompt.ndim != 1 or not prompt.size or prompt.dtype.kind not in "iu":
-            raise ValueError(f"a prompt of shape {prompt.shape} and type {prompt.dtype}: must be whole numbers [P], "
-                             "one at the least")
-        if prompt.min() < 0 or prompt.max() >= vocab:
-            raise ValueError(f"a prompt with ids from {prompt.min()} to {prompt.max()}: must lie in [0, {vocab})")
-        if not isinstance(new, (int, np.integer)) or new < 1 or prompt.size + new > self.max_length:
-            raise ValueError(f"new_tokens = {new!r}: must be at least 1, and with the {prompt.size} of the prompt at "
-                             f"most max_length = {self.max_length}")
-        padding = min(max(PROMPT, 1 << (prompt.size - 1).bit_length()), self.max_length) - prompt.size
-        return np.pad(prompt, (0, padding)).astype(np.int32), np.int32(prompt.size), np.int32(new)
-
-    def flops(self) -> tuple[float, float]:
-        """Floating-point operations of one application of the unit, and of the rest."""
-        flight = jax.eval_shape(self._empty, self._weights)
-        choice = _Choice(None, Sampling(None), np.zeros(0, np.int32))
-
-        def parts(weights):
-            model = merge(self._structure, *weights)
-            return model, *_around(_layers(model), self._middle)
-
-        unit = lambda weights, flight: self._recur(parts(weights)[2], flight)
-        rest = lambda weights, flight: self._renew(*parts(weights), flight, choice)
-        return tuple(count(program, self._weights, flight).total for program in (unit, rest))
-
     # What follows is compiled.
 
     def _empty(self, weights) -> Flight:
@@ -207,13 +167,14 @@ class DepthwiseDecoder:
         around, unit, state = self._memory(model.init_state(B, self.max_length).body)
         numbers = lambda *shape: jnp.zeros((B, *shape), jnp.int32)
         stream, no = jnp.zeros((B, self.model_config.width), model.compute_dtype), numbers() > 0
-        return Flight(around, unit, numbers(), numbers(), stream, stream, numbers(), stream[:, 0], no, numbers(),
+        gates = jnp.zeros(state.passed.shape, stream.dtype)
+        return Flight(around, unit, numbers(), numbers(), stream, stream, numbers(), numbers(), gates, numbers(),
                       state.passed, no, no, numbers(), numbers(), numbers(), numbers(self.max_length),
                       numbers(self.max_length), Work(none, none, none, none))
 
     def _memory(self, body):
         """The memory of a state of the body: of the layers around, of the unit, and the recursion's own numbers."""
-        before, state, after = _around(body, self._middle)
+        before, state, after = around_recursion(body, self._middle)
         return (lanes_of((before,)), lanes_of((after,))), lanes_of(state.units), state
 
     def _admit(self, weights, flight: Flight, prompt, length, limit, row, number) -> Flight:
@@ -227,14 +188,14 @@ class DepthwiseDecoder:
         return dataclasses.replace(
             flight, around=replace_row(flight.around, row, around), unit=replace_row(flight.unit, row, unit),
             token=put(flight.token, prompt[length - 1]), place=put(flight.place, length - 1),
-            passed=put(flight.passed, recursion.passed[0]), ready=put(flight.ready, False),
+            passed=put(flight.passed, recursion.passed[0]), depth=put(flight.depth, 0), goal=put(flight.goal, 0),
             since=put(flight.since, flight.work.unit_calls + flight.work.rest_calls), alive=put(flight.alive, True),
             fresh=put(flight.fresh, True), number=put(flight.number, number), limit=put(flight.limit, limit),
             made=put(flight.made, 0))
 
     def _until_one_ends(self, weights, flight: Flight, choice: _Choice) -> Flight:
         model = merge(self._structure, *weights)
-        before, mixture, after = _around(_layers(model), self._middle)
+        before, mixture, after = around_recursion(model.body, self._middle)
 
         def turn(flight):
             flight = jax.lax.while_loop(lambda f: f.for_unit.any() & (f.for_rest.sum() < self.takes[1]),
@@ -249,18 +210,22 @@ class DepthwiseDecoder:
         mine = lambda a: a[rows]
         depth, tokens = mine(flight.depth), self._tokens(live, mine(flight.place))
         once, shared = isinstance(mixture.config.router, DepthChoice), mixture.config.cache == "shared"
-        lanes = rows, jnp.zeros_like(depth) if shared else jnp.minimum(depth, mixture.config.n - 1)
+        recursion = jnp.minimum(depth, mixture.config.n - 1)  # who does not live may be past the last
+        lanes = rows, jnp.zeros_like(depth) if shared else recursion
         writes = depth == 0 if shared else jnp.ones_like(live)  # later recursions look at what the first one kept
         y, state, _ = mixture.unit(mine(flight.x)[:, None], tokens, look(flight.unit, *lanes, writes))
-        y = mine(flight.gate)[:, None].astype(y.dtype) * y[:, 0]
-        x, depth = y if once else mine(flight.x) + y, depth + 1
-        first, passed = mine(flight.first), mine(flight.passed)
-        goes, gate, passed = self._decide(mixture, x, first, depth, tokens, passed)
+        gate = jnp.take_along_axis(mine(flight.gates), recursion[:, None], 1).astype(y.dtype)
+        y, depth, settled = gate * y[:, 0], depth + 1, {}
         if once:
-            x = jnp.where(goes[:, None], x, x + first)
+            x = jnp.where((depth == mine(flight.goal))[:, None], y + mine(flight.first), y)
+        else:
+            x = mine(flight.x) + y
+            goal, gates, passed = _next_choice(mixture, x, depth, range(1, mixture.config.n), tokens,
+                                               mine(flight.passed))
+            settled = {"goal": goal, "gates": gates, "passed": passed}
         work = dataclasses.replace(flight.work, unit_calls=flight.work.unit_calls + 1,
                                    unit_tokens=flight.work.unit_tokens + live.sum(dtype=jnp.int32))
-        return _set(flight, rows, live, x=x, depth=depth, gate=gate, ready=goes, passed=passed,
+        return _set(flight, rows, live, x=x, depth=depth, **settled,
                     since=jnp.broadcast_to(work.unit_calls + work.rest_calls, rows.shape),
                     unit=settle(flight.unit, state, *lanes), work=work)
 
@@ -284,11 +249,12 @@ class DepthwiseDecoder:
         x = model.embed(token[:, None], model.compute_dtype) * model.config.embedding_scale
         x, beginning = _through(before, x, tokens, look(flight.around[0], *lanes, yes))
         x, depth = x[:, 0], jnp.zeros_like(rows)
-        goes, gate, passed = self._decide(mixture, x, x, depth, tokens, mine(flight.passed))
+        goal, gates, passed = (_only_choice(mixture, x, tokens, mine(flight.passed)) if mixture.router is not None else
+                               _next_choice(mixture, x, depth, range(1), tokens, mine(flight.passed)))
         work = dataclasses.replace(flight.work, rest_calls=flight.work.rest_calls + 1,
                                    rest_tokens=flight.work.rest_tokens + live.sum(dtype=jnp.int32))
         around = tuple(settle(memory, state, *lanes) for memory, state in zip(flight.around, (beginning, ending)))
-        return _set(flight, rows, live, token=token, place=place, x=x, first=x, depth=depth, gate=gate, ready=goes,
+        return _set(flight, rows, live, token=token, place=place, x=x, first=x, depth=depth, goal=goal, gates=gates,
                     passed=passed, alive=~ended, fresh=jnp.zeros_like(fresh), made=made,
                     since=jnp.broadcast_to(work.unit_calls + work.rest_calls, rows.shape),
                     around=around, text=text, depths=depths, work=work)
@@ -297,23 +263,30 @@ class DepthwiseDecoder:
         """One token a row, padding where nothing is alive."""
         return Tokens(live[:, None].astype(jnp.int32), place[:, None], context_length=jnp.int32(self.max_length))
 
-    def _decide(self, mixture: MixtureOfRecursionsModule, x, first, depth: Int[Array, "W"], tokens: Tokens,
-                passed: Int[Array, "W n"]):
-        """Whether tokens that have taken `depth` recursions take one more; its gate; and `passed` with it."""
-        goes, gate, counts = jnp.zeros(depth.shape, bool), jnp.zeros(depth.shape, x.dtype), []
-        chosen_once = None if mixture.router is None else mixture.router(first[:, None], tokens)
-        for r, (share, room) in enumerate(zip(mixture.shares, mixture.rooms)):
-            here, places = (depth == r)[:, None] & tokens.real, tokens.positions
-            if chosen_once is not None:
-                wish = here & (chosen_once.wanted > r)
-                chosen, count = choose_within_budget(wish, room, places, tokens.real, passed[:, r])
-                weight = jnp.where(here, chosen_once.gates[:, :, r], 0)
-            else:
-                chosen, weight, count, *_ = mixture.routers[r](x[:, None], here, share, room, places, tokens,
-                                                               passed[:, r], look_ahead=False)
-            goes, gate = goes | chosen[:, 0], gate + weight[:, 0].astype(gate.dtype)
-            counts.append(jnp.where(here[:, 0], count, passed[:, r]))
-        return goes, gate, jnp.stack(counts, 1)
+
+def _only_choice(mixture: MixtureOfRecursionsModule, x: Float[Array, "W D"], tokens: Tokens, passed: Int[Array, "W n"]):
+    """`DepthChoice`, settled as a token enters: how many recursions it takes, their gates [W, n]; and `passed`."""
+    choice, active, goal, counts = mixture.router(x[:, None], tokens), tokens.real, 0, []
+    for r, room in enumerate(mixture.rooms):
+        active, count = choose_within_budget(active & (choice.wanted > r), room, tokens.positions, tokens.real,
+                                             passed[:, r])
+        goal = goal + active[:, 0].astype(jnp.int32)
+        counts.append(count)
+    return goal, choice.gates[:, 0].astype(x.dtype), jnp.stack(counts, 1)
+
+
+def _next_choice(mixture: MixtureOfRecursionsModule, x: Float[Array, "W D"], depth: Int[Array, "W"], among: range,
+                 tokens: Tokens, passed: Int[Array, "W n"]):
+    """Who of those that have taken `depth` recursions, one of `among` or all there are, takes one more: the goal that
+    it then has; the gate, as [W, n]; and `passed`."""
+    goal, gate = depth, jnp.zeros(depth.shape, x.dtype)
+    for r in among:
+        here = (depth == r)[:, None] & tokens.real
+        choice = mixture.routers[r](x[:, None], here, mixture.shares[r], mixture.rooms[r], tokens.positions, tokens,
+                                    passed[:, r], look_ahead=False)
+        goal, gate = goal + choice.chosen[:, 0], gate + choice.gate[:, 0].astype(gate.dtype)
+        passed = passed.at[:, r].set(jnp.where(here[:, 0], choice.passed, passed[:, r]))
+    return goal, jnp.broadcast_to(gate[:, None], passed.shape), passed
 
 
 def _longest_waiting(waiting: Bool[Array, "B"], since: Int[Array, "B"], take: int):
@@ -333,16 +306,6 @@ def _set(flight: Flight, rows, live, work: Work, **fields) -> Flight:
     return dataclasses.replace(flight, work=work, **{name: put(name, value) for name, value in fields.items()})
 
 
-def _layers(model: Model):
-    """What the body is made of, as its state is."""
-    return tuple(model.body.layers) if isinstance(model.config.body, Sequence) else model.body
-
-
-def _around(parts, middle: int | None):
-    """What is before the recursion, itself, and what is behind; `parts` is itself where `middle` is None."""
-    return ((), parts, ()) if middle is None else (parts[:middle], parts[middle], parts[middle + 1:])
-
-
 def _through(layers: list, x, tokens: Tokens, states: tuple):
     """Layers one after another, as `Sequence` runs them."""
     after = []
@@ -358,31 +321,3 @@ def _draw(logits: Float[Array, "W V"], number, made, choice: _Choice) -> Int[Arr
         return sample(logits, None, choice.sampling)
     keys = jax.vmap(lambda *index: jax.random.fold_in(jax.random.fold_in(choice.key, index[0]), index[1]))(number, made)
     return jax.vmap(lambda logits, key: sample(logits[None], key, choice.sampling)[0])(logits, keys)
-
-
-def _check(model: Model, max_length: int) -> int | None:
-    """Where in the body's `Sequence` the recursion is; None where it is the body. Raises ValueError."""
-    body = getattr(model.config, "body", None)
-    layers = body.layers if isinstance(body, Sequence) else (body,)
-    found = [i for i, layer in enumerate(layers) if isinstance(layer, MixtureOfRecursions)]
-    if not isinstance(model.config, LanguageModel) or len(found) != 1:
-        raise ValueError("depth-wise decoding wants a language model whose body is one MixtureOfRecursions, or a "
-                         f"Sequence with one among its layers: not {type(body).__name__} with {len(found)}")
-    if not body.causal:
-        raise ValueError("depth-wise decoding: the model sees both ways, so it has no next token to give")
-    middle = found[0] if isinstance(body, Sequence) else None
-    before, mixture, after = _around(_layers(model), middle)
-    for path, variable in variables_of(mixture.unit).items():
-        if variable.get_metadata().get("own", False):
-            raise ValueError(f"depth-wise decoding: each recursion owns its {path}, so that different recursions "
-                             "cannot share a batch")
-    one = jnp.ones((1, 1), jnp.int32)
-    x = jax.ShapeDtypeStruct((1, 1, model.config.width), model.compute_dtype)
-    for layer in (*before, *after):
-        if published := jax.eval_shape(lambda x: layer(x, Tokens(one, one))[2], x).provides:
-            raise ValueError(f"depth-wise decoding: values published for later layers ({', '.join(published)}) do not "
-                             "stay with their token")
-    state = jax.eval_shape(lambda: model.init_state(BATCH, max_length).body)
-    if any(leaf.shape[0] != BATCH for leaf in jax.tree.leaves(state)):
-        raise ValueError("depth-wise decoding: states are stacked over the copies of a Repeat: give it scan=False")
-    return middle

@@ -16,8 +16,8 @@ from archlab.depth.mixture_of_recursions import MixtureOfRecursions
 from archlab.depth.own import Own
 from archlab.depth.top_tokens import TopTokens
 from archlab.experts.moe import MoE
-from archlab.inference.depthwise import DepthwiseDecoder, Request
-from archlab.inference.generation import generate
+from archlab.inference.admission import Request
+from archlab.inference.depthwise import DepthwiseDecoder
 from archlab.layers.mlp import SwiGLU
 from archlab.layers.norms import RMSNorm
 from archlab.layers.repeat import Repeat
@@ -38,8 +38,14 @@ def mixture(unit=BLOCK, n=3, around=BLOCK, **fields):
     return LanguageModel(64, D, Sequence(around, MixtureOfRecursions(unit, n, **fields), around))
 
 
-def made(config, seed=0):
-    return cast(build(config, seed), jnp.float64)  # round-off could flip a routing choice
+@functools.cache
+def made(config):
+    return cast(build(config), jnp.float64)  # round-off could flip a routing choice
+
+
+@functools.cache
+def decoder_of(config):
+    return DepthwiseDecoder(made(config), 3, 32, 2, 2)
 
 
 @functools.cache
@@ -48,23 +54,27 @@ def requests():
     return [Request(rng.integers(0, 64, prompt), new) for prompt, new in PROMPTS]
 
 
-def decode(model, rows=3, takes=(2, 2), **settings):
-    decoder = DepthwiseDecoder(model, rows, 32, *takes)
-    return sorted(decoder.run(requests(), **{"temperature": 0} | settings)), decoder
+def decode(decoder, **settings):
+    return sorted(decoder.run(requests(), **{"temperature": 0} | settings))
 
 
 def check(config):
-    """Against `generate` of each prompt alone, and the depths that a whole pass over its text says."""
-    model = made(config)
-    finished, decoder = decode(model)
-    whole = jax.jit(lambda ids: model(ids).aux.traces)
-    total = 0
+    """Against a whole pass over each text alone: its most likely tokens, and the depths that it says."""
+    decoder = decoder_of(config)
+    finished, total = decode(decoder), 0
+
+    @jax.jit
+    def whole(ids):
+        out = made(config)(ids)
+        return out.logits.argmax(-1)[0], next(v for path, v in out.aux.traces.items() if path.endswith("depth"))[0]
+
     for (index, tokens, depths), (prompt, new) in zip(finished, requests(), strict=True):
-        text = np.asarray(generate(model, prompt[None], new, temperature=0))[0]
-        np.testing.assert_array_equal(tokens, text[len(prompt):], err_msg=f"request {index}")
-        traces = whole(np.pad(text, (0, 32 - len(text)))[None])
-        depth = next(value for path, value in traces.items() if path.endswith("depth"))
-        np.testing.assert_array_equal(depths, depth[0, len(prompt) - 1:len(text) - 1])
+        assert len(tokens) == len(depths) == new
+        text = np.concatenate([prompt, tokens])
+        best, deep = whole(np.pad(text, (0, 32 - len(text)))[None])
+        here = slice(len(prompt) - 1, len(text) - 1)
+        np.testing.assert_array_equal(tokens, best[here], err_msg=f"request {index}")
+        np.testing.assert_array_equal(depths, deep[here])
         total += depths.sum()
     assert decoder.work.unit_tokens == total  # no token is in the unit for nothing
     assert decoder.work.rest_tokens == sum(new + 1 for _, new in PROMPTS)  # each request's prompt enters once
@@ -79,14 +89,13 @@ def test_each_text_is_its_own(float64, router, cache):
 
 
 @pytest.mark.parametrize("config", [
-    mixture(Sequence(MAMBA, MLP), around=MAMBA),
-    mixture(Sequence(ATTENTION, Residual(MoE(4, 12)))),
+    mixture(Sequence(MAMBA, Residual(MoE(4, 12))), around=MAMBA),
     mixture(Sequence(Residual(LatentAttention(2, 6, 4, 4, 4)), MAMBA), capacities=(0.8, 0.8, 0.3), slack=0.2),
-    mixture(Residual(LatentAttention(2, 6, 4, 4, 4)), cache="shared", router=DepthChoice(score="sigmoid")),
-    mixture(Residual(Attention(2, window=5)), 3, Repeat(Residual(Attention(2, window=4)), 2), capacities=(1., 1., .5)),
-    mixture(n=2, router=TopTokens("tanh", "predictor", hidden=8), capacities=(0.7, 0.5)),
-    LanguageModel(64, D, MixtureOfRecursions(BLOCK, 3), norm=None, tied=False, embedding_scale=4.0),
-], ids=["mamba", "moe", "latent-hybrid", "latent-shared", "windows", "predictor", "alone"])
+    mixture(Residual(Attention(2, window=5)), 3, Repeat(Residual(Attention(2, window=4)), 2), capacities=(1., 1., .5),
+            router=TopTokens("tanh", "predictor", hidden=8)),
+    LanguageModel(64, D, MixtureOfRecursions(Residual(LatentAttention(2, 6, 4, 4, 4)), 2, cache="shared",
+                                             router=DepthChoice(score="sigmoid")), norm=None, embedding_scale=4.0),
+], ids=["mamba-moe", "latent-hybrid", "windows", "alone-latent-shared"])
 def test_any_unit(float64, config):
     assert len(set(check(config))) > 1
 
@@ -94,8 +103,8 @@ def test_any_unit(float64, config):
 def test_the_schedule_changes_nothing(float64):
     """Drawn texts too: chance belongs to a request and a place in its text."""
     model = made(mixture(router=DepthChoice()))
-    drawn = [decode(model, rows, takes, temperature=0.9, top_k=20, rngs=nnx.Rngs(5))[0]
-             for rows, takes in [(1, (1, 1)), (3, (3, 3)), (9, (None, None))]]
+    drawn = [decode(DepthwiseDecoder(model, rows, 32, *takes), temperature=0.9, top_k=20, rngs=nnx.Rngs(5))
+             for rows, takes in [(1, (1, 1)), (9, (None, None))]]
     for one, *others in zip(*drawn, strict=True):
         for other in others:
             np.testing.assert_array_equal(one.tokens, other.tokens)
@@ -115,27 +124,20 @@ def test_rows_and_lanes_are_kept_busy():
     assert lockstep.work.unit_tokens == np.concatenate([finished.depths for finished in texts[1]]).sum()
 
 
-def test_operations_of_an_application():
-    """Those of the unit grow with the rows it takes."""
-    model = build(mixture(router=DepthChoice()))
-    (unit, rest), (twice, same) = (DepthwiseDecoder(model, 8, 32, take, 2).flops() for take in (2, 4))
-    assert 1.95 < twice / unit <= 2 and 0 < rest == same
-
-
 def test_requests_end_at_eos_and_free_their_row(float64):
-    model = made(mixture())
-    free, _ = decode(model)
+    decoder = decoder_of(mixture())
+    free = decode(decoder)
     eos = int(free[1].tokens[4])
-    for plain, ended in zip(free, decode(model, eos=eos)[0], strict=True):
+    for plain, ended in zip(free, decode(decoder, eos=eos), strict=True):
         end = list(plain.tokens).index(eos) + 1 if eos in plain.tokens else len(plain.tokens)
         np.testing.assert_array_equal(ended.tokens, plain.tokens[:end])
         np.testing.assert_array_equal(ended.depths, plain.depths[:end])
 
 
-def test_finished_texts_come_as_they_end():
-    order = [finished.index for finished in DepthwiseDecoder(build(mixture()), 3, 32, 2, 2).run(requests())]
+def test_finished_texts_come_as_they_end(float64):
+    decoder = decoder_of(mixture())
+    order = [finished.index for finished in decoder.run(requests(), temperature=0)]
     assert sorted(order) == list(range(len(PROMPTS))) and order[0] == 0 and order != sorted(order)
-    decoder = DepthwiseDecoder(build(mixture()), 3, 32)
     assert list(decoder.run([])) == []
 
 
