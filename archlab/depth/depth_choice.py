@@ -26,6 +26,8 @@ class DepthChoice(Config):
     choice alone, moved once a step by so much towards an even load (arXiv:2408.15664); 0 for none.
     """
 
+    looks_ahead = False  # in training it is as causal as ever
+
     score: str = "softmax"
     hidden: int | None = None
     scale: float = 1.0

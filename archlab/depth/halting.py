@@ -69,7 +69,7 @@ class ACTModule(nnx.Module):
 
     def update(self, now: Halting, before: Float[Array, "B T D"], after: Float[Array, "B T D"]) -> Halting:
         """After a step that made `after` of `before`."""
-        p = jax.nn.sigmoid(wide(project(before, self.halt, "BTD,DN->BTN"))[:, :, 0] + self.bias[...])
+        p = jax.nn.sigmoid(project(wide(before), self.halt, "BTD,DN->BTN")[:, :, 0] + self.bias[...])
         goes_on = now.running & (now.total + p <= 1 - self.config.epsilon)
         halts = now.running & ~goes_on
         remainder = jnp.where(halts, 1 - now.total, now.remainder)

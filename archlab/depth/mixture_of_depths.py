@@ -13,10 +13,11 @@ from flax import nnx
 from jaxtyping import Array, Int
 
 from archlab.depth.gather import through
-from archlab.depth.routing import as_share, budget, check_share, with_slack
-from archlab.depth.top_tokens import RandomTokens, TopTokens
+from archlab.depth.router import TokenRouter
+from archlab.depth.routing import as_share, budget, check_share, check_slack, slots_for, with_slack
+from archlab.depth.top_tokens import TopTokens
 from archlab.layers.alphabet import reuse
-from archlab.layers.config import LayerConfig, require
+from archlab.layers.config import LayerConfig
 from archlab.layers.contract import Aux, Layer, Place, Tokens, count_positions, pytree
 
 
@@ -24,20 +25,21 @@ class MixtureOfDepths(LayerConfig):
     """`h + g (unit(h) - h)` for the chosen tokens of each document, h for the others; g is the router's gate.
 
     unit is a block with its residual paths, of which the gate scales what they add. The chosen see each other only. In
-    the training form a row's best fill the capacity; otherwise no more of a document's tokens so far pass than the
-    capacity, first come, first served, and caches have no more slots.
+    the training form a row's best fill the capacity, one at the least; otherwise no more of a document's tokens so far
+    pass than the capacity, rounded down, first come, first served, and caches have no more slots: at 1/8 none of a
+    document's first seven tokens passes.
 
     capacity: a share in (0, 1]. slack: so much more than that may pass where nothing looks ahead (0.1: a tenth more).
     """
 
     unit: LayerConfig
     capacity: float = 0.125
-    router: TopTokens | RandomTokens = TopTokens(gate="linear")
+    router: TokenRouter = TopTokens(gate="linear")
     slack: float = 0.0
 
     def __post_init__(self):
         check_share(self, "capacity", self.capacity)
-        require(self.slack >= 0, self, "slack", "must be 0 (none) or positive")
+        check_slack(self)
 
     @property
     def share(self) -> Fraction:
@@ -46,7 +48,7 @@ class MixtureOfDepths(LayerConfig):
 
     @property
     def looks_ahead(self) -> bool:
-        return self.share < 1 or super().looks_ahead
+        return self.share < 1 and self.router.looks_ahead or super().looks_ahead
 
     def build(self, rngs: nnx.Rngs, at: Place) -> "MixtureOfDepthsModule":
         return MixtureOfDepthsModule(self, rngs, at)
@@ -69,7 +71,7 @@ class MixtureOfDepthsModule(Layer):
 
     Loss: router (0 outside training). Traces: depth [B, T], 1 for who passed; gate [B, T]; in the training form
     agreement, the share of tokens for whom the causal rule (before budgets) and the choice made agree. The unit's
-    traces are over the tokens gathered: not [B, T].
+    traces are over the tokens gathered: not [B, T]. What the unit publishes is not handed on: others have none of it.
     """
 
     def __init__(self, config: MixtureOfDepths, rngs: nnx.Rngs, at: Place):
@@ -85,20 +87,18 @@ class MixtureOfDepthsModule(Layer):
 
     def __call__(self, x, tokens: Tokens, state: RouteState | None = None):
         T, none = x.shape[1], jnp.zeros(x.shape[:1], jnp.int32)
-        look_ahead = tokens.training is not None and state is None
+        look_ahead = tokens.training is not None and state is None and self.config.router.looks_ahead
         last, length, passed, past = ((none, none, none, None) if state is None else
                                       (state.segment, state.length, state.passed, state.unit))
         # Counted here and not read from tokens.positions, which need not count what passes through this layer.
         places, last, length = count_positions(tokens.segments, last, length)
         choice = self.router(x, tokens.real, self.config.share, self.room, places, tokens, passed, look_ahead)
 
-        if look_ahead:
-            slots, warmup = max(1, budget(self.config.share, T)), self.config.router.warmup
-        else:  # a piece that continues from a state may spend what its document has saved
-            slots, warmup = max(1, budget(self.room, T)) if state is None else min(T, state.slots), 0
+        slots = slots_for(self.config.share if look_ahead else self.room, T, None if state is None else state.slots)
+        warmup = self.config.router.warmup if look_ahead else 0
         y, inner, aux = through(self.unit, x, choice.chosen, slots, tokens, past, warmup)
         added = jnp.where(choice.chosen[:, :, None], y - x, 0)
-        said = aux.under("unit") | Aux({"router": choice.loss},
+        said = aux.within().under("unit") | Aux({"router": jnp.asarray(choice.loss)},
                                        {"depth": choice.chosen.astype(jnp.int32), "gate": choice.gate})
         if choice.agreement is not None:
             said.traces["agreement"] = choice.agreement

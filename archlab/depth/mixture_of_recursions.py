@@ -18,8 +18,10 @@ from archlab.attention.cache import KVCache
 from archlab.depth.depth_choice import DepthChoice
 from archlab.depth.gather import through
 from archlab.depth.own import join_updates, of_recursion, recurring
-from archlab.depth.routing import as_share, budget, check_share, choose_within_budget, with_slack
-from archlab.depth.top_tokens import RandomTokens, TopTokens
+from archlab.depth.router import TokenRouter
+from archlab.depth.routing import (
+    as_share, budget, check_share, check_slack, choose_within_budget, slots_for, with_slack)
+from archlab.depth.top_tokens import TopTokens
 from archlab.layers.config import LayerConfig, near, require
 from archlab.layers.contract import Aux, Layer, Place, Tokens, count_positions, pytree
 
@@ -47,13 +49,13 @@ class MixtureOfRecursions(LayerConfig):
     unit: LayerConfig
     n: int
     capacities: tuple[float, ...] | None = None
-    router: TopTokens | RandomTokens | DepthChoice = TopTokens()
+    router: TokenRouter | DepthChoice = TopTokens()
     cache: str = "recursion"
     slack: float = 0.0
 
     def __post_init__(self):
         require(self.n >= 1, self, "n", "must be at least 1")
-        require(self.slack >= 0, self, "slack", "must be 0 (none) or positive")
+        check_slack(self)
         require(self.cache in ("recursion", "shared"), self, "cache", near(str(self.cache), ("recursion", "shared")))
         if self.capacities is not None:
             given = self.capacities
@@ -69,11 +71,13 @@ class MixtureOfRecursions(LayerConfig):
     def check(self, width: int) -> None:
         self.unit.check(width)
         if self.cache == "shared":
-            unit = nnx.eval_shape(lambda: self.unit.build(nnx.Rngs(0), Place(width, 0, self.branches)))
-            kept = jax.tree.leaves(jax.eval_shape(lambda: unit.init_state(1, LONG)), is_leaf=_is_cache)
+            build = lambda: self.unit.build(nnx.Rngs(0), Place(width, 0, self.branches))
+            kept = jax.tree.leaves(jax.eval_shape(lambda: build().init_state(1, LONG)), is_leaf=_is_cache)
             whole = lambda state: _is_cache(state) and state.keys.shape[-2] == LONG  # and no window's ring
-            require(kept and all(map(whole, kept)), self, "cache",
-                    "wants a unit whose only memory is the keys and values of attention over all of the text")
+            others = sorted({"a window's keys" if _is_cache(state) else "other memory" for state in kept
+                             if not whole(state)}) or ["no memory"] * (not kept)
+            require(not others, self, "cache", "wants a unit whose only memory is the keys and values of attention "
+                    f"over all of the text; this one has {' and '.join(others)}")
 
     @property
     def shares(self) -> tuple[Fraction, ...]:
@@ -87,7 +91,7 @@ class MixtureOfRecursions(LayerConfig):
 
     @property
     def looks_ahead(self) -> bool:
-        return self.shares[-1] < 1 and not isinstance(self.router, DepthChoice) or super().looks_ahead
+        return self.shares[-1] < 1 and self.router.looks_ahead or super().looks_ahead
 
     def build(self, rngs: nnx.Rngs, at: Place) -> "MixtureOfRecursionsModule":
         return MixtureOfRecursionsModule(self, rngs, at)
@@ -111,8 +115,9 @@ class MixtureOfRecursionsModule(Layer):
 
     Losses: of the routers (0 outside training). Traces: depth [B, T], recursions taken; gate [n, B, T], 0 for who was
     no candidate; in the training form of `TopTokens` agreement [n], the share of candidates for whom the causal rule
-    (before budgets) and the choice made agree. The unit's traces stand under `unit/r`, each over the tokens that
-    recursion gathered: not [B, T].
+    (before budgets) and the choice made agree, 1 where all pass. The unit's traces stand under `unit/r`, each over the
+    tokens that recursion gathered: not [B, T]. What the unit publishes is not handed on. Where only the last token
+    recurs, depth and gate are those that routing gives to all.
     """
 
     def __init__(self, config: MixtureOfRecursions, rngs: nnx.Rngs, at: Place):
@@ -121,8 +126,7 @@ class MixtureOfRecursionsModule(Layer):
         self.unit = recurring(config.unit, config.n, rngs, at, uses=float(sum(config.shares)))
         once = isinstance(config.router, DepthChoice)
         self.router = config.router.build(rngs, at, config.n) if once else None
-        place = lambda r: at._replace(index=at.index + r * config.unit.branches)
-        self.routers = None if once else nnx.List([config.router.build(rngs, place(r)) for r in range(config.n)])
+        self.routers = None if once else nnx.List([config.router.build(rngs, at) for _ in self.shares])
 
     def init_state(self, batch, max_length, dtype=jnp.float32, memory=None):
         sizes = tuple(max(1, budget(room, max_length)) for room in self.rooms)
@@ -145,9 +149,9 @@ class MixtureOfRecursionsModule(Layer):
 
     def _each_chooses(self, x, tokens, state, places, passed):
         """Expert choice: recursion r chooses among those who passed the one before."""
-        look_ahead = tokens.training is not None and state is None
+        look_ahead = tokens.training is not None and state is None and self.config.router.looks_ahead
         active, depth = tokens.real, jnp.zeros(tokens.segments.shape, jnp.int32)
-        unit, counts, gates, agreements, said, loss = _Unit(self, tokens, state), [], [], [], Aux(), 0
+        unit, counts, gates, agreements, said, loss = _Pass(self, tokens, state), [], [], [], Aux(), 0
         for r, router in enumerate(self.routers):
             choice = router(x, active, self.shares[r], self.rooms[r], places, tokens.fold(r), passed[:, r], look_ahead)
             y, aux = unit.recur(r, x, choice.chosen, self.shares[r] == 1, look_ahead)
@@ -157,11 +161,11 @@ class MixtureOfRecursionsModule(Layer):
             gates.append(choice.gate)
             agreements += [] if choice.agreement is None else [choice.agreement]
             said, loss = said | aux, loss + choice.loss
-        said.losses["router"] = loss
+        said.losses["router"] = jnp.asarray(loss)
         said.traces.update(depth=depth, gate=jnp.stack(gates))
         if agreements:
             said.traces["agreement"] = jnp.stack(agreements)
-        return x, unit.states(), counts, said | unit.updates()
+        return x, tuple(unit.states), counts, said | unit.updates()
 
     def _chosen_once(self, x, tokens, state, places, passed):
         """Token choice: who goes how deep is settled before the first recursion."""
@@ -175,7 +179,7 @@ class MixtureOfRecursionsModule(Layer):
         last = jnp.arange(x.shape[1]) == jnp.maximum(tokens.real.sum(1) - 1, 0)[:, None]
         alone = tokens.last_only and state is not None and self.config.cache == "shared"  # the rest leaves no keys
 
-        unit, first, said = _Unit(self, tokens, state), x, choice.aux.under("router")
+        unit, first, said = _Pass(self, tokens, state), x, choice.aux.under("router")
         for r, chosen in enumerate(takes):
             chosen = chosen & last if alone and r else chosen
             y, aux = unit.recur(r, x, chosen, r == 0 and self.shares[0] == 1, most=1 if alone and r else None)
@@ -185,26 +189,24 @@ class MixtureOfRecursionsModule(Layer):
             said |= aux
         gates = jnp.where(jnp.stack(takes), jnp.moveaxis(choice.gates, 2, 0), 0)
         said.traces.update(depth=depth, gate=gates)
-        return x, unit.states(), counts, said | unit.updates()
+        return x, tuple(unit.states), counts, said | unit.updates()
 
 
-class _Unit:
-    """The unit in the course of one pass: which state each recursion reads, and what has been said."""
+class _Pass:
+    """One pass over a piece: which state each recursion reads, what states they leave, and what they want updated."""
 
     def __init__(self, mixture: MixtureOfRecursionsModule, tokens: Tokens, state: RecursionState | None):
         self.mixture, self.tokens, self.state = mixture, dataclasses.replace(tokens, last_only=False), state
         self.shared = mixture.config.cache == "shared"
-        self.kept, self.said = [], []
+        self.states, self.said = [], []  # of shared keys, the first recursion's alone
 
     def recur(self, r: int, x, chosen: Bool[Array, "B T"], all_pass: bool, look_ahead: bool = False,
               most: int | None = None):
         """The unit's output for the chosen tokens, 0 for others; its aux. most: how many of a row are chosen at most;
         None for the recursion's share."""
         (tokens, past), mixture, T = self._reading(r, x), self.mixture, x.shape[1]
-        if look_ahead:
-            slots = max(1, budget(mixture.shares[r], T))
-        else:  # a piece that continues from a state may spend what its document has saved
-            slots = max(1, budget(mixture.rooms[r], T)) if self.state is None else min(T, self.state.slots[r])
+        slots = slots_for((mixture.shares if look_ahead else mixture.rooms)[r], T,
+                          None if self.state is None else self.state.slots[r])
         unit = of_recursion(mixture.unit, r)
         if all_pass:  # and they stand in front already
             y, state, aux = unit(x, tokens, past)
@@ -212,10 +214,8 @@ class _Unit:
         else:
             y, state, aux = through(unit, x, chosen, most or slots, tokens, past,
                                     mixture.config.router.warmup if look_ahead else 0)
-        if self.shared and r == 0:
-            self.past = state
-        elif not self.shared:
-            self.kept.append(state)
+        if r == 0 or not self.shared:
+            self.states.append(state)
         self.said.append(aux.updates)
         return y, Aux(aux.losses, aux.traces, policies=aux.policies).under(f"unit/{r}")
 
@@ -225,14 +225,11 @@ class _Unit:
         if not self.shared:
             return tokens, None if self.state is None else self.state.units[r]
         if r:
-            return dataclasses.replace(tokens, keys="read"), self.past
+            return dataclasses.replace(tokens, keys="read"), self.states[0]
         if self.state is not None:
             return tokens, self.state.units[0]
         like = jax.eval_shape(lambda: of_recursion(self.mixture.unit, 0).init_state(*x.shape[:2]))
         return dataclasses.replace(tokens, keys="keep"), jax.tree.map(lambda _: None, like, is_leaf=_is_cache)
-
-    def states(self):
-        return (self.past,) if self.shared else tuple(self.kept)
 
     def updates(self) -> Aux:
         """What all recursions want of the unit's variables."""

@@ -51,7 +51,8 @@ class LowRankModule(CorrectedModule):
 
     def __init__(self, config: LowRank, rngs: nnx.Rngs, at: Place):
         super().__init__(config.layer, config.rank, rngs, at)
-        require(len(self.paths) > 0, config, "layer", "has no matrix to correct: put LowRank inside a Repeat")
+        require(len(self.paths) > 0, config, "layer",
+                "has no matrix to correct (those of a Repeat are stacked: put LowRank inside it)")
         _mark(self.down)
         _mark(self.up)
 

@@ -1,8 +1,16 @@
-"""Which tokens of a row may pass where only a share of them may: pure functions.
+"""Which tokens of a row may pass where only a share of them may: pure functions, and the words for it.
 
-The share is an exact fraction, because two roundings of one budget (here, and in the size of a cache) must agree.
+    capacity  what a config says: a number in (0, 1]
+    share     the same as an exact fraction, because two roundings of one budget (here, and in the size of a cache) must
+              agree; in training, of a row's tokens
+    room      the share with its slack: of a document's tokens so far, where nothing looks ahead
+    budget    a share of a count, rounded down
+    passed    how many tokens of a document have used its budget
+    places    of tokens in their documents, counted from 0
+    slots     for how many tokens of a row there is space, in a gathered row or in a cache
 """
 
+import math
 from fractions import Fraction
 
 import jax
@@ -18,20 +26,26 @@ FREE = 2**29  # a bound that nothing reaches, twice which fits int32
 
 def as_share(capacity: float) -> Fraction:
     """The nearest fraction with a denominator of at most 1000: 0.6666667 is 2/3."""
-    return Fraction(capacity).limit_denominator(DENOMINATOR)
+    return Fraction(float(capacity)).limit_denominator(DENOMINATOR)
 
 
 def check_share(config, field: str, capacity: float) -> None:
     """Raises ValueError where `capacity`, of a config's field, is no share that lets tokens pass."""
-    require(0 < capacity <= 1, config, field, "each must lie in (0, 1]")
+    each = "" if getattr(config, field) is capacity else "each "
+    require(0 < capacity <= 1, config, field, f"{each}must lie in (0, 1]")
     require(as_share(capacity) > 0, config, field,
-            f"a share that rounds to no token: each must be at least 1/{DENOMINATOR}")
+            f"a share that rounds to no token: {each}must be at least 1/{DENOMINATOR}")
+
+
+def check_slack(config) -> None:
+    """Raises ValueError where a config's `slack` is no share."""
+    require(0 <= config.slack < math.inf, config, "slack", "must be 0 (none) or positive, and finite")
 
 
 def with_slack(share: Fraction, slack: float) -> Fraction:
     """The share and `slack` of it more, at most 1. Slack multiplies: any that is added would let every short document
     have a token more than its share, and a row packed with them would have no bound but its length."""
-    return min(Fraction(1), as_share(float(share) * (1 + slack)))
+    return as_share(min(1.0, float(share) * (1 + slack)))
 
 
 def budget(share: Fraction, count):
@@ -41,6 +55,12 @@ def budget(share: Fraction, count):
     a row of T tokens, `budget(share, T)` slots hold all that pass.
     """
     return share.numerator * count // share.denominator
+
+
+def slots_for(share: Fraction, length: int, held: int | None = None) -> int:
+    """For how many tokens of a row of `length` there must be space in a gathered row. held: how many a state has space
+    for, where there is one: a piece may then spend what its document has saved."""
+    return max(1, budget(share, length)) if held is None else min(length, held)
 
 
 def choose_best(scores: Float[Array, "B T"], candidates: Bool[Array, "B T"], most: Fraction,

@@ -9,7 +9,7 @@ from archlab.layers.contract import wide
 
 
 class Scorer(nnx.Module):
-    """`out . x`, or `out . gelu(up . x)` with one hidden layer; in at least float32.
+    """`out . x`, or `out . gelu(up . x)` with one hidden layer; computed in at least float32, since choices hang on it.
 
     Weights: out [D, N] or [F, N]; up [D, F].
     """
@@ -19,6 +19,7 @@ class Scorer(nnx.Module):
         self.out = parameter(rngs, "D->." if hidden is None else "F->.", (hidden or width, scores))
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T N"]:
+        x = wide(x)
         if self.up is not None:
             x = jax.nn.gelu(project(x, self.up, "BTD,DF->BTF"))
-        return wide(project(x, self.out, "BTD,DN->BTN"))
+        return project(x, self.out, "BTD,DN->BTN")

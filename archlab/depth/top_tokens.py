@@ -5,34 +5,22 @@ Mixture-of-Depths, Raposo et al. 2024 (arXiv:2404.02258, section 3); Mixture-of-
 """
 
 from fractions import Fraction
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from archlab.depth.router import Choice, TokenRouter
 from archlab.depth.routing import budget, choose_best, choose_within_budget
 from archlab.depth.scorer import Scorer
-from archlab.layers.config import Config, near, require
+from archlab.experts.routers import router_key
+from archlab.layers.config import near, require
 from archlab.layers.contract import Place, Tokens, wide
 
 GATES = {"sigmoid": jax.nn.sigmoid, "tanh": jnp.tanh, "linear": lambda logits: logits}
 
 
-class Choice(NamedTuple):
-    """chosen [B, T]; gate [B, T], what their output is multiplied by; passed [B]: tokens chosen so far of the row's
-    last document; loss: what teaches the causal rule; agreement: the share of candidates for whom that rule and the
-    look ahead agree, None where nothing looked ahead."""
-
-    chosen: Bool[Array, "B T"]
-    gate: Float[Array, "B T"]
-    passed: Int[Array, "B"]
-    loss: Float[Array, ""]
-    agreement: Float[Array, ""] | None
-
-
-class TopTokens(Config):
+class TopTokens(TokenRouter):
     """A router scores every candidate, `s = w . h`, and the output of the chosen ones is multiplied by its gate.
 
     In the training form a row's best by s fill the capacity. That looks ahead: whether a token is among the best
@@ -75,23 +63,18 @@ class TopTokensModule(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"], candidates: Bool[Array, "B T"], share: Fraction, room: Fraction,
                  places: Int[Array, "B T"], tokens: Tokens, passed: Int[Array, "B"], look_ahead: bool) -> Choice:
-        """Who of the candidates passes.
-
-        Args: share: of a row's tokens, that the look ahead chooses. room: of a document's tokens so far, at most, that
-          pass causally. places: of each token in its document, counted from 0. passed [B]: of the row's last document,
-          before this piece.
-        """
+        """As `TokenRouter` says."""
         config = self.config
         logits = self.router(x)[:, :, 0]
         gate = jnp.where(candidates, config.scale * GATES[config.gate](logits), 0)
         if share == 1:
             chosen, passed = choose_within_budget(candidates, Fraction(1), places, tokens.real, passed)
-            return Choice(chosen, gate, passed, jnp.zeros((), logits.dtype), None)
+            return Choice(chosen, gate, passed, agreement=jnp.ones(()) if look_ahead else None)
         said = logits if self.predictor is None else self.predictor(jax.lax.stop_gradient(x))[:, :, 0]
         wish = candidates & (said > 0)
         if not look_ahead:
             chosen, passed = choose_within_budget(wish, room, places, tokens.real, passed)
-            return Choice(chosen, gate, passed, jnp.zeros((), logits.dtype), None)
+            return Choice(chosen, gate, passed)
         counts = tokens.real.sum(1)
         most, counts = (share, budget(share, counts)) if not config.warmup else (Fraction(1), self._warm(
             share, counts, tokens.training.step))
@@ -106,14 +89,12 @@ class TopTokensModule(nnx.Module):
         return jnp.maximum(budget(share, counts), jnp.floor((float(share) + more) * counts).astype(jnp.int32))
 
 
-class RandomTokens(Config):
+class RandomTokens(TokenRouter):
     """The control: tokens are drawn without looking at them, and nothing is multiplied (arXiv:2404.02258, section 4.1).
 
     In the training form each step draws anew. Otherwise what is drawn depends on the layer and on the place in the
     document alone, so that pieces and packed rows agree.
     """
-
-    warmup = 0
 
     def build(self, rngs: nnx.Rngs, at: Place) -> "RandomTokensModule":
         return RandomTokensModule(at)
@@ -126,17 +107,17 @@ class RandomTokensModule(nnx.Module):
         self.layer = nnx.Variable(jnp.asarray(at.index, jnp.int32), letters="->")
 
     def __call__(self, x, candidates, share, room, places, tokens, passed, look_ahead) -> Choice:
-        """As of `TopTokensModule`."""
-        none, gate = jnp.zeros((), wide(x).dtype), jnp.where(candidates, jnp.ones((), wide(x).dtype), 0)
+        """As `TokenRouter` says. Recursions built at one place draw one number for a token: who passes a recursion has
+        passed those with more room."""
+        gate = jnp.where(candidates, jnp.ones((), wide(x).dtype), 0)
         if share < 1 and look_ahead:
-            noise = jax.random.uniform(tokens.training.key, candidates.shape)
-            chosen = choose_best(noise, candidates, share, budget(share, tokens.real.sum(1)))
-            return Choice(chosen, gate, passed, none, None)
+            noise = jax.random.uniform(router_key(tokens), candidates.shape)
+            return Choice(choose_best(noise, candidates, share, budget(share, tokens.real.sum(1))), gate, passed)
         key = jax.random.fold_in(jax.random.key(0), self.layer[...])
         draw = lambda place: jax.random.uniform(jax.random.fold_in(key, place))
         wish = candidates & (jax.vmap(jax.vmap(draw))(places) < float(share))
         chosen, passed = choose_within_budget(wish, room, places, tokens.real, passed)
-        return Choice(chosen, gate, passed, none, None)
+        return Choice(chosen, gate, passed)
 
 
 def _mean(values: Float[Array, "B T"], where: Bool[Array, "B T"]) -> Float[Array, ""]:

@@ -115,7 +115,8 @@ class Aux:
     """What a layer says besides its output; keys are paths of module attributes, joined by "/".
 
     losses: scalars to be added to the loss, their coefficients applied ([n] over n copies).
-    traces: arrays to look at (expert load, routed depth, step size).
+    traces: arrays to look at (expert load, routed depth, step size); those of [B, T] are of tokens as layers see them,
+      padding last.
     updates: changes to the module's own variables that no gradient makes; the key names the variable.
     provides: values for later layers, by name; the enclosing `Sequence` or `Recur` hands them on and drops them.
     policies: decisions that were drawn, in the training form.

@@ -17,7 +17,7 @@ from archlab.model import LanguageModel
 
 def recursive(width: int, layers: int, heads: int, hidden: int, rank: int, recursions: int = 3, vocab: int = 256,
               **attention) -> LanguageModel:
-    """`layers` effective layers of (layers - 2) / recursions + 2 blocks; `attention` takes the fields of `Attention`."""
+    """`layers` effective layers, of (layers - 2) / recursions + 2 blocks; `attention`: the fields of `Attention`."""
     mixer, mlp = Attention(heads, **attention), SwiGLU(hidden)
     block = Sequence(Residual(mixer), Residual(mlp))
     relaxed = Sequence(Residual(LowRank(mixer, rank), Own(RMSNorm())), Residual(LowRank(mlp, rank), Own(RMSNorm())))

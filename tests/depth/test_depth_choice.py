@@ -10,10 +10,14 @@ from archlab.analysis.flops import count
 from archlab.attention.attention import Attention
 from archlab.depth.depth_choice import DepthChoice
 from archlab.depth.mixture_of_recursions import MixtureOfRecursions
+from archlab.depth.own import LowRank, Own
+from archlab.depth.recur import Recur
 from archlab.depth.top_tokens import TopTokens
 from archlab.experts.balance import SwitchLoss
 from archlab.layers.contract import Place, Tokens, Training
 from archlab.layers.mlp import SwiGLU
+from archlab.layers.norms import RMSNorm
+from archlab.layers.repeat import Repeat
 from archlab.layers.residual import Residual
 from archlab.layers.sequence import Sequence
 from archlab.model import LanguageModel
@@ -139,6 +143,22 @@ def test_shared_keys_learn(float64, router):
         weight[...] = before.at[at].add(nudge)
         values.append(value(made))
     np.testing.assert_allclose(gradient.unit.layers[0].layer.key[...][at], (values[0] - values[1]) / 2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("unit", [
+    Repeat(BLOCK, 2, scan=True), Repeat(BLOCK, 2, scan=False), Recur(BLOCK, 2),
+    Sequence(Residual(LowRank(Attention(2), 2), Own(RMSNorm())), Residual(SwiGLU(12))),
+], ids=["scanned", "unrolled", "recurring", "own"])
+def test_units_that_share_keys(float64, unit):
+    """One pass, and one token at a time, with any unit that only attends."""
+    config = MixtureOfRecursions(unit, 2, cache="shared", slack=0.5)
+    config.check(D)
+    made, x = module(config), stream(6)
+    run = jax.jit(lambda x, tokens, state: made(x, tokens, state))
+    tokens = tokens_of(np.ones((B, 6)))
+    whole = run(x, tokens, None)[0]
+    through = in_pieces(run, made.init_state(B, 6, jnp.float64), x, tokens, (3, 1, 1, 1))
+    np.testing.assert_allclose(through, whole, rtol=1e-9, atol=1e-9)
 
 
 def test_shared_cache_is_a_third(float64):

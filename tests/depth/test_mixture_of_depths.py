@@ -8,13 +8,17 @@ from flax import nnx
 
 from archlab.attention.attention import Attention
 from archlab.depth.mixture_of_depths import MixtureOfDepths
+from archlab.depth.mixture_of_recursions import MixtureOfRecursions
+from archlab.depth.router import Choice, TokenRouter
+from archlab.depth.routing import choose_within_budget
+from archlab.depth.scorer import Scorer
 from archlab.depth.top_tokens import RandomTokens, TopTokens
 from archlab.layers.alphabet import parameters_of
 from archlab.layers.contract import Place, Tokens, Training
 from archlab.layers.mlp import SwiGLU
 from archlab.layers.repeat import Repeat
 from archlab.layers.residual import Residual
-from archlab.layers.sequence import Sequence
+from archlab.layers.sequence import Provide, Sequence
 from archlab.recurrence.mamba import Mamba
 from tests.helpers import cast, in_pieces, jittered, tokens_of
 
@@ -143,6 +147,54 @@ def test_random_tokens_are_drawn_anew(float64):
     assert (draw(0).sum(1) == T // 2).all() and (draw(0) != draw(1)).any() and (draw(0)[0] != draw(0)[1]).any()
 
 
+def test_random_recursions_are_nested(float64):
+    """Who is drawn for a recursion was drawn for those before: as many go on as in the look ahead, budgets apart."""
+    unit, length = Residual(SwiGLU(12)), 2000
+    made = module(MixtureOfRecursions(unit, 4, router=RandomTokens(), slack=10.0))
+    x = jnp.zeros((1, length, D))
+    for training in (None, TRAINING):
+        depth = np.asarray(made(x, tokens_of(np.ones((1, length)), training))[2].traces["depth"])
+        shares = [(depth > r).mean() for r in range(4)]
+        np.testing.assert_allclose(shares, [1, 0.75, 0.5, 0.25], atol=0.001 if training else 0.03)
+
+
+class Evens(TokenRouter):
+    looks_ahead = False
+
+    def build(self, rngs, at):
+        return EvensModule()
+
+
+class EvensModule(nnx.Module):
+    def __call__(self, x, candidates, share, room, places, tokens, passed, look_ahead):
+        wish = candidates & (places % 2 == 1)
+        chosen, passed = choose_within_budget(wish, room, places, tokens.real, passed)
+        return Choice(chosen, candidates.astype(x.dtype), passed)
+
+
+def test_a_router_of_ones_own(float64):
+    """A config and a module are enough; one that never looks ahead is causal in training, too."""
+    config = MixtureOfDepths(BLOCK, 0.5, Evens())
+    made, tokens = module(config), tokens_of(SEGMENTS)
+    y, _, aux = made(stream(), tokens)
+    trained = made(stream(), tokens_of(SEGMENTS, TRAINING))
+    assert not config.looks_ahead and not MixtureOfRecursions(BLOCK, 2, router=Evens()).looks_ahead
+    np.testing.assert_array_equal(aux.traces["depth"], (tokens.positions % 2 == 1) & tokens.real)
+    np.testing.assert_array_equal(trained[0], y)
+
+
+def test_published_values_stay_inside(float64):
+    """Others have none of what the block published for its own tokens."""
+    inner = MixtureOfDepths(Provide("v", Residual(Attention(2))), 0.5)
+    assert module(inner)(stream(), tokens_of(SEGMENTS))[2].provides == {}
+
+
+def test_scores_are_wide():
+    """Choices hang on them: in bfloat16, too, they are computed in float32."""
+    scorer, x = Scorer(nnx.Rngs(0), 64, 1, 16), jax.random.normal(jax.random.key(0), (2, 50, 64), jnp.bfloat16)
+    np.testing.assert_allclose(scorer(x), scorer(x.astype(jnp.float32)), rtol=1e-6)
+
+
 def test_accounts():
     config = MixtureOfDepths(BLOCK)
     assert config.branches == 2 and config.causal and config.looks_ahead
@@ -153,9 +205,9 @@ def test_accounts():
 
 
 @pytest.mark.parametrize("make, words", [
-    (lambda: MixtureOfDepths(BLOCK, 0.0), r"MixtureOfDepths.capacity = 0.0: each must lie in \(0, 1\]"),
+    (lambda: MixtureOfDepths(BLOCK, 0.0), r"MixtureOfDepths.capacity = 0.0: must lie in \(0, 1\]"),
     (lambda: MixtureOfDepths(BLOCK, 1.5), r"capacity = 1.5"),
-    (lambda: MixtureOfDepths(BLOCK, 1e-4), r"rounds to no token: each must be at least 1/1000"),
+    (lambda: MixtureOfDepths(BLOCK, 1e-4), r"rounds to no token: must be at least 1/1000"),
     (lambda: MixtureOfDepths(BLOCK, slack=-0.1), r"slack = -0.1: must be 0"),
     (lambda: TopTokens("softmax"), r"TopTokens.gate = 'softmax'"),
     (lambda: TopTokens(causal="guess"), r"TopTokens.causal = 'guess'"),

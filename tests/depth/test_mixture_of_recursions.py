@@ -69,7 +69,7 @@ def reference(made, capacities, x, segments, look_ahead):
             h[row, at] += y / (1 + np.exp(-scores[row, at]))[:, None]
             depth[row, at] += 1
         active, loss[r] = chosen, np.mean(bce) if bce else 0
-        agreement += [np.mean(agree)] if capacity < 1 else []
+        agreement.append(np.mean(agree))
     return h, depth, loss, agreement
 
 
@@ -186,10 +186,12 @@ def test_accounts():
     (lambda: MixtureOfRecursions(BLOCK, 2, (1.0, 1e-4)), r"rounds to no token: each must be at least 1/1000"),
     (lambda: MixtureOfRecursions(BLOCK, 2, (0.5, 0.6)), r"capacities = \(0.5, 0.6\): must not grow"),
     (lambda: MixtureOfRecursions(BLOCK, 2, slack=-1.0), r"slack = -1.0: must be 0"),
+    (lambda: MixtureOfRecursions(BLOCK, 2, slack=float("inf")), r"slack = inf: must be 0 .* and finite"),
     (lambda: MixtureOfRecursions(BLOCK, 2, cache="share"), r"cache = 'share'"),
     (lambda: MixtureOfRecursions(BLOCK, 2, (0.5, 0.5), cache="shared"), r"the first must be 1"),
-    (lambda: MixtureOfRecursions(MAMBA, 2, cache="shared").check(D), r"cache = 'shared': wants a unit whose only"),
-    (lambda: MixtureOfRecursions(Residual(Attention(2, window=9)), 2, cache="shared").check(D), r"attention over all"),
+    (lambda: MixtureOfRecursions(MAMBA, 2, cache="shared").check(D), r"this one has other memory"),
+    (lambda: MixtureOfRecursions(Residual(SwiGLU(4)), 2, cache="shared").check(D), r"this one has no memory"),
+    (lambda: MixtureOfRecursions(Residual(Attention(2, window=9)), 2, cache="shared").check(D), r"has a window's keys"),
 ])
 def test_errors(make, words):
     with pytest.raises(ValueError, match=words):
