@@ -1,7 +1,9 @@
 """What all tests share."""
 
+import ctypes
 import gc
 import os
+import sys
 from importlib.metadata import version
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -29,11 +31,14 @@ def float64():
 @pytest.fixture(autouse=True)
 def forget_programs():
     """Compiled programs are of little use to later tests. Each takes a few of the memory maps that Linux grants a
-    process (65,530, all told): without one more, the next compilation crashes."""
+    process (65,530, all told): without one more, the next compilation crashes. What compiling has taken of the heap is
+    given back only if asked for."""
     yield
-    if _memory_maps() > 25_000:
+    if _memory_maps() > 12_000:
         jax.clear_caches()
         gc.collect()
+        if sys.platform == "linux":
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def _memory_maps() -> int:
