@@ -27,7 +27,7 @@ from archlab.recurrence.mamba2 import Mamba2
 from tests.helpers import cast, in_pieces, jittered, tokens_of
 
 DOCS = (Path(__file__).parents[2] / "docs" / "depth.md").read_text()
-IMPORTS = re.findall(r"```python\n(.*?)```", DOCS, re.DOTALL)[0]
+IMPORTS, ROUTER, _ = re.findall(r"```python\n(.*?)```", DOCS, re.DOTALL)
 TABLE = DOCS.split("## What there is")[1].split("## ")[0]
 COLUMN = re.findall(r"^\| [^|]* \| ([^|]*) \|", TABLE, re.MULTILINE)
 EXPRESSIONS = [expression for cell in COLUMN for expression in re.findall(r"`(.*?)`", cell)]
@@ -51,6 +51,14 @@ def test_expression(expression):
 
     y, loss = jax.jit(run)(jax.random.normal(jax.random.key(1), (B, T, D)))
     assert np.isfinite(y).all() and np.isfinite(loss)
+
+
+def test_router():
+    names = {}
+    exec(ROUTER, names)
+    made = names["CONFIG"].build(nnx.Rngs(0), Place(D, 0, 1))
+    depth = made(jnp.ones((1, T, D)), tokens_of(np.ones((1, T))))[2].traces["depth"]
+    np.testing.assert_array_equal(depth[0], np.arange(T) % 2)
 
 
 SPARSE = Sequence(Residual(Mamba2(4, 8)), Residual(MoE(3, 8)))
