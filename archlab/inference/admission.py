@@ -23,18 +23,22 @@ class Request(NamedTuple):
     new_tokens: int
 
 
-def admitted(request: Request | tuple, vocab: int, max_length: int) -> tuple[np.ndarray, np.int32, np.int32]:
-    """The prompt padded to a power of two, its length, and how many tokens to add. Raises: ValueError."""
-    prompt, new = request
-    prompt = np.asarray(prompt)
+def admitted(number: int, request: Request | tuple, vocab: int,
+             max_length: int) -> tuple[np.ndarray, np.int32, np.int32]:
+    """The prompt padded to a power of two, its length, and how many tokens to add. Raises: ValueError, which names the
+    request by its number in the queue."""
+    if not isinstance(request, tuple) or len(request) != 2:
+        raise ValueError(f"request {number}, {request!r}: must be a prompt and how many tokens to add")
+    prompt, new = np.asarray(request[0]), request[1]
     if prompt.ndim != 1 or not prompt.size or prompt.dtype.kind not in "iu":
-        raise ValueError(f"a prompt of shape {prompt.shape} and type {prompt.dtype}: must be whole numbers [P], "
-                         "one at the least")
+        raise ValueError(f"request {number}: a prompt of shape {prompt.shape} and type {prompt.dtype}: must be whole "
+                         "numbers [P], one at the least")
     if prompt.min() < 0 or prompt.max() >= vocab:
-        raise ValueError(f"a prompt with ids from {prompt.min()} to {prompt.max()}: must lie in [0, {vocab})")
+        raise ValueError(f"request {number}: a prompt with ids from {prompt.min()} to {prompt.max()}: must lie in "
+                         f"[0, {vocab})")
     if not isinstance(new, (int, np.integer)) or new < 1 or prompt.size + new > max_length:
-        raise ValueError(f"new_tokens = {new!r}: must be at least 1, and with the {prompt.size} of the prompt at "
-                         f"most max_length = {max_length}")
+        raise ValueError(f"request {number}: new_tokens = {new!r}: must be at least 1, and with the {prompt.size} of "
+                         f"the prompt at most max_length = {max_length}")
     padding = min(max(PROMPT, 1 << (prompt.size - 1).bit_length()), max_length) - prompt.size
     return np.pad(prompt, (0, padding)).astype(np.int32), np.int32(prompt.size), np.int32(new)
 

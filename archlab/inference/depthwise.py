@@ -116,7 +116,7 @@ class DepthwiseDecoder:
         for name, value, most in [("rows", rows, None), ("max_length", max_length, model.config.body.longest),
                                   ("unit_rows", unit_rows, rows), ("rest_rows", rest_rows, rows)]:
             if not isinstance(value, int) or value < 1 or most is not None and value > most:
-                raise ValueError(f"{name} = {value!r}: must be a whole number from 1 to {most or 'any'}")
+                raise ValueError(f"{name} = {value!r}: must be a whole number, at least 1{f' and at most {most}' if most else ''}")
         self.model_config, self.rows, self.max_length = model.config, rows, max_length
         self._middle = find_recursion(model, max_length)
         self.takes = unit_rows, rest_rows
@@ -132,7 +132,10 @@ class DepthwiseDecoder:
 
         Args: requests: `Request`s, or pairs of the same; taken from the iterable as rows become free. eos: the token,
           or several, that ends a text. rngs: where chance comes from: a token's depends on the request's place in the
-          queue and on the token's in the text alone. sampling: fields of `Sampling`, but for repetition_penalty.
+          queue and on the token's in the text alone. sampling: fields of `Sampling` (temperature 0.8 unless told; 0 is
+          greedy), but for repetition_penalty.
+        Raises: ValueError for settings out of their range and requests that do not fit: of a list at once, of any other
+          iterable when its turn comes.
         """
         vocab, sampling = self.model_config.vocab, Sampling(**sampling)
         sampling.check(vocab)
@@ -142,7 +145,14 @@ class DepthwiseDecoder:
         if ends.size and (ends.dtype.kind not in "iu" or ends.min() < 0 or ends.max() >= vocab):
             raise ValueError(f"eos = {eos!r}: must be of the vocabulary, from 0 to {vocab - 1}")
         choice = _Choice((nnx.Rngs(0) if rngs is None else rngs).sample(), sampling.as_arrays(), ends.astype(np.int32))
-        queue = enumerate(admitted(request, vocab, self.max_length) for request in requests)
+        check = lambda pair: (pair[0], admitted(*pair, vocab, self.max_length))
+        if isinstance(requests, (list, tuple)):
+            requests = list(requests)
+            for pair in enumerate(requests):
+                check(pair)
+        return self._finished(map(check, enumerate(requests)), choice)
+
+    def _finished(self, queue: Iterator, choice: _Choice) -> Iterator[Finished]:
         flight, alive = self._begin(self._weights), np.zeros(self.rows, bool)
         while True:
             for row in np.flatnonzero(~alive):
