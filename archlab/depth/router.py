@@ -1,18 +1,6 @@
 """What chooses the tokens of a recursion or a block: the base of such routers, and what one says.
 
-A router of one's own is a config that builds a module, which says a `Choice`:
-
-    class Evens(TokenRouter):
-        looks_ahead = False
-
-        def build(self, rngs, at):
-            return EvensModule()
-
-    class EvensModule(nnx.Module):
-        def __call__(self, x, candidates, share, room, places, tokens, passed, look_ahead):
-            wish = candidates & (places % 2 == 0)
-            chosen, passed = choose_within_budget(wish, room, places, tokens.real, passed)
-            return Choice(chosen, candidates.astype(x.dtype), passed)
+docs/depth.md has a router of one's own.
 """
 
 from typing import NamedTuple
