@@ -5,6 +5,7 @@ Mixture-of-Depths, Raposo et al. 2024 (arXiv:2404.02258, section 3); Mixture-of-
 """
 
 from fractions import Fraction
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -90,7 +91,7 @@ class TopTokensModule(nnx.Module):
 
 
 class RandomTokens(TokenRouter):
-    """The control: tokens are drawn without looking at them, and nothing is multiplied (arXiv:2404.02258, section 4.1).
+    """The control: tokens are drawn without looking at them, and nothing is multiplied (arXiv:2404.02258).
 
     In the training form each step draws anew. Otherwise what is drawn depends on the layer and on the place in the
     document alone, so that pieces and packed rows agree.

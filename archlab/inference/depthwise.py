@@ -116,7 +116,8 @@ class DepthwiseDecoder:
         for name, value, most in [("rows", rows, None), ("max_length", max_length, model.config.body.longest),
                                   ("unit_rows", unit_rows, rows), ("rest_rows", rest_rows, rows)]:
             if not isinstance(value, int) or value < 1 or most is not None and value > most:
-                raise ValueError(f"{name} = {value!r}: must be a whole number, at least 1{f' and at most {most}' if most else ''}")
+                bounds = "at least 1" if most is None else f"from 1 to {most}"
+                raise ValueError(f"{name} = {value!r}: must be a whole number, {bounds}")
         self.model_config, self.rows, self.max_length = model.config, rows, max_length
         self._middle = find_recursion(model, max_length)
         self.takes = unit_rows, rest_rows

@@ -154,7 +154,7 @@ def test_caches_are_those_of_the_model():
 @pytest.mark.parametrize("make, words", [
     (lambda: DepthwiseDecoder(build(archlab.get_config("transformer-nano"))), "not Repeat with 0"),
     (lambda: DepthwiseDecoder(build(mixture()), rows=0), "rows = 0"),
-    (lambda: DepthwiseDecoder(build(mixture()), rows=4, unit_rows=5), "unit_rows = 5: must be .* at most 4"),
+    (lambda: DepthwiseDecoder(build(mixture()), rows=4, unit_rows=5), "unit_rows = 5: must be .* from 1 to 4"),
     (lambda: DepthwiseDecoder(build(mixture(Residual(SwiGLU(8), Own(RMSNorm()))))), "each recursion owns its before"),
     (lambda: DepthwiseDecoder(build(mixture(around=Provide("x", Identity())))), r"published for later layers \(x\)"),
     (lambda: DepthwiseDecoder(build(mixture(around=Repeat(BLOCK, 2, scan=True)))), "give it scan=False"),
