@@ -45,12 +45,17 @@ class DepthChoice(Config):
 
 
 class Depths(NamedTuple):
-    """wanted [B, T]: how many recursions, 0 for padding. gates [B, T, n]: what each recursion's output is multiplied
-    by. aux: losses; traces load [n], the share of tokens that chose each depth; updates."""
+    """wanted [B, T]: how many recursions, 0 for padding. gates [B, T, n]: of each depth, for the output of the last
+    recursion (`last_alone`). aux: losses; traces load [n], the share of tokens that chose each depth; updates."""
 
     wanted: Int[Array, "B T"]
     gates: Float[Array, "B T n"]
     aux: Aux
+
+
+def last_alone(gates: Float[Array, "... n"], depth: Int[Array, "..."]) -> Float[Array, "... n"]:
+    """What the output of each recursion is multiplied by: 1, but for the last of those that are taken."""
+    return jnp.where(jnp.arange(1, gates.shape[-1] + 1) == depth[..., None], gates, 1)
 
 
 class DepthChoiceModule(nnx.Module):

@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Int
 
 from archlab.attention.cache import KVCache
-from archlab.depth.depth_choice import DepthChoice
+from archlab.depth.depth_choice import DepthChoice, last_alone
 from archlab.depth.gather import through
 from archlab.depth.own import join_updates, of_recursion, recurring
 from archlab.depth.router import TokenRouter
@@ -35,7 +35,7 @@ class MixtureOfRecursions(LayerConfig):
     have. Unit means all of it, its own residual paths too, as in the paper and its code, and g is the router's gate:
 
       router=TopTokens():   h <- h + g_r unit(h); each recursion chooses its tokens (expert choice).
-      router=DepthChoice(): h <- g_r unit(h), to whose last the token's h before all recursions is added (token choice).
+      router=DepthChoice(): h <- unit(h), and after the last h <- h_0 + g h, with h_0 from before all (token choice).
 
     Everywhere but in the training form of `TopTokens` a recursion takes no more than its share of a document's tokens
     so far, first come, first served. So no document needs more cache slots, nor more of a gathered row, than its share.
@@ -176,6 +176,7 @@ class MixtureOfRecursionsModule(Layer):
             takes.append(active)
             counts.append(count)
             depth = depth + active
+        gates = last_alone(choice.gates, depth)
         last = jnp.arange(x.shape[1]) == jnp.maximum(tokens.real.sum(1) - 1, 0)[:, None]
         alone = tokens.last_only and state is not None and self.config.cache == "shared"  # the rest leaves no keys
 
@@ -184,11 +185,9 @@ class MixtureOfRecursionsModule(Layer):
             chosen = chosen & last if alone and r else chosen
             y, aux = unit.recur(r, x, chosen, r == 0 and self.shares[0] == 1, most=1 if alone and r else None)
             home = jnp.where((depth == r + 1)[:, :, None], first, 0)
-            gate = choice.gates[:, :, r, None].astype(x.dtype)
-            x = jnp.where(chosen[:, :, None], gate * y + home, x)
+            x = jnp.where(chosen[:, :, None], gates[:, :, r, None].astype(x.dtype) * y + home, x)
             said |= aux
-        gates = jnp.where(jnp.stack(takes), jnp.moveaxis(choice.gates, 2, 0), 0)
-        said.traces.update(depth=depth, gate=gates)
+        said.traces.update(depth=depth, gate=jnp.where(jnp.stack(takes), jnp.moveaxis(gates, 2, 0), 0))
         return x, tuple(unit.states), counts, said | unit.updates()
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from archlab.depth.depth_choice import DepthChoice
+from archlab.depth.depth_choice import DepthChoice, last_alone
 from archlab.depth.mixture_of_recursions import MixtureOfRecursionsModule
 from archlab.depth.routing import choose_within_budget
 from archlab.inference.admission import Request, admitted, around_recursion, find_recursion
@@ -283,7 +283,7 @@ def _only_choice(mixture: MixtureOfRecursionsModule, x: Float[Array, "W D"], tok
                                              passed[:, r])
         goal = goal + active[:, 0].astype(jnp.int32)
         counts.append(count)
-    return goal, choice.gates[:, 0].astype(x.dtype), jnp.stack(counts, 1)
+    return goal, last_alone(choice.gates[:, 0], goal).astype(x.dtype), jnp.stack(counts, 1)
 
 
 def _next_choice(mixture: MixtureOfRecursionsModule, x: Float[Array, "W D"], depth: Int[Array, "W"], among: range,

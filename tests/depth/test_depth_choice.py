@@ -70,8 +70,8 @@ def test_against_loop(float64, config):
             front = lambda a: np.concatenate([a[row, at], np.zeros((T - len(at), *a.shape[2:]), a.dtype)])[None]
             y = np.asarray(unit(front(h), Tokens(front(SEGMENTS), front(places))))[0]
             for t, made_of in zip(at, y):
-                home = first[row, t] if depth[row, t] == r + 1 else 0
-                h[row, t] = config.scale * gates[row, t, r] * made_of + home
+                last = depth[row, t] == r + 1
+                h[row, t] = first[row, t] + config.scale * gates[row, t, r] * made_of if last else made_of
     y, _, aux = jax.jit(lambda x: made(x, tokens_of(SEGMENTS)))(x)
     assert set(depth[SEGMENTS > 0]) == {1, 2, 3}
     np.testing.assert_array_equal(aux.traces["depth"], depth)
