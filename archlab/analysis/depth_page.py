@@ -36,12 +36,14 @@ FORMATS = {"blocks a token": ".2f", "bits/byte, causal": ".4f", "spread": ".4f",
 
 def summarise(found: Found) -> list[dict]:
     """A row for each arm of each study: means over its seeds, and the sample standard deviation of what ranks it (None
-    for one seed). rule_accuracy: of the causal rule before budgets, the mean over routers."""
+    for one seed). rule_accuracy: of the causal rule before budgets, the mean over routers (but for those that let
+    all pass)."""
     table = []
     for study, arm, rows in _arms(found):
         mean = lambda values: statistics.fmean(values) if values else None
         given = lambda key: [row[key] for row in rows if row.get(key) is not None]
-        rules = [statistics.fmean(row["routers"].values()) for row in rows if row.get("routers")]
+        in_doubt = lambda row: [right for right in (row.get("routers") or {}).values() if right < 1]
+        rules = [statistics.fmean(in_doubt(row)) for row in rows if in_doubt(row)]
         line = {"study": study, "arm": arm, "seeds": len(rows), "learning_rate": rows[0]["learning_rate"],
                 "steps": rows[0]["steps"], "parameters": rows[0]["parameters"],
                 "training_flops": rows[0]["training_flops"], "blocks": mean(given("blocks")),

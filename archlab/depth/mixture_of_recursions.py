@@ -209,7 +209,9 @@ class _Pass:
         unit = of_recursion(mixture.unit, r)
         if all_pass:  # and they stand in front already
             y, state, aux = unit(x, tokens, past)
-            y = jnp.where(chosen[:, :, None], y, 0)
+            y, places = jnp.where(chosen[:, :, None], y, 0), jnp.broadcast_to(jnp.arange(T), chosen.shape)
+            policies = {name: policy.take(places, chosen) for name, policy in aux.policies.items()}
+            aux = dataclasses.replace(aux, policies=policies)
         else:
             y, state, aux = through(unit, x, chosen, most or slots, tokens, past,
                                     mixture.config.router.warmup if look_ahead else 0)

@@ -56,7 +56,7 @@ def test_rows_have_three_numbers(out):
         counts, n = row["depth_counts"], int(row["name"].split()[1])
         mean = np.dot(counts, range(len(counts))) / sum(counts)
         assert sum(counts) == 2 * 2 * 32 and counts[0] == 0 and row["blocks"] == pytest.approx(2 + 2 * mean)
-        assert 0 < row["agreement"] <= 1 and len(row["routers"]) == n - 1
+        assert 0 < row["agreement"] <= 1 and len(row["routers"]) == n
         assert row["look_ahead_bits"] != row["bits_per_byte"]
         if row["seed"] == 0:
             assert np.max(row["example"]["depth"]) <= n and np.shape(row["example"]["ids"]) == (2, 32)
