@@ -135,6 +135,7 @@ def test_packed_documents_are_alone(float64, name):
         length = part.stop - part.start
         alone = jnp.roll(ids_of(), -part.start, 1), jnp.tile(jnp.arange(T) < length, (B, 1)).astype(jnp.int32)
         close(packed[:, part], run(name, alone[0], segments=alone[1]).logits[:, :length])
+    close(packed[:, 11:], run(name, ids_of()[:, 11:]).logits)  # and without padding beside it
     if config_of(name).body.causal:
         close(pieces(name, ids_of(), (9, 1, 6, 6), segments), packed)
 
@@ -181,19 +182,20 @@ def test_decode_cost(float64, name):
 
 
 def test_gradients_are_finite(name):
-    """In bfloat16, with a document of one token and with padding, in the training form."""
+    """In float32 and bfloat16, with a document of one token and with padding, in the training form."""
     segments = jnp.array([[1] * 12 + [2] * 1 + [3] * 9, [1] * 20 + [0] * 2])
-    model = build(config_of(name).set("dtype", "bfloat16"))
+    for dtype in (None, "bfloat16"):
+        model = build(config_of(name).set("dtype", dtype))
 
-    def loss(model):
-        out = model(ids_of(), segment_ids=segments, training=Training(jax.random.key(0), jnp.int32(5)),
-                    memory=memory_of(model, ids_of(), segments))
-        return model.losses(out.hidden, ids_of()).mean() + out.aux.loss()
+        def loss(model):
+            out = model(ids_of(), segment_ids=segments, training=Training(jax.random.key(0), jnp.int32(5)),
+                        memory=memory_of(model, ids_of(), segments))
+            return model.losses(out.hidden, ids_of()).mean() + out.aux.loss()
 
-    value, grads = jax.jit(jax.value_and_grad(loss, allow_int=True))(model)
-    assert np.isfinite(value)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
-        assert leaf.dtype == jax.dtypes.float0 or np.isfinite(leaf).all(), jax.tree_util.keystr(path)
+        value, grads = jax.jit(jax.value_and_grad(loss, allow_int=True))(model)
+        assert np.isfinite(value)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
+            assert leaf.dtype == jax.dtypes.float0 or np.isfinite(leaf).all(), jax.tree_util.keystr(path)
 
 
 def test_scanned_equals_unrolled(float64, name):
