@@ -37,6 +37,7 @@ setup(
         "absl-py>=2.1,<3",
         "jaxtyping>=0.3,<0.4",
         "numpy>=1.26,<3",
+        "scipy>=1.13,<2",
         "rich>=13,<17",
         "matplotlib>=3.9,<4",
         "safetensors>=0.5,<1",
