@@ -1,9 +1,11 @@
 """Figures of a comparison, in one style and with one colour for each architecture.
 
 Figures are made without a display or global state, and saved as PNG or SVG by the name of the file. `inline_svg` gives
-a figure as a fragment for a page, which takes its ink from the page's own colours.
+a figure as a fragment for a page, which takes its ink from the page's own colours. There, dots have words that show
+under the pointer.
 """
 
+import html
 import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,6 +14,7 @@ from pathlib import Path
 import matplotlib
 import matplotlib.ticker
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
@@ -50,21 +53,24 @@ def lines(series: Mapping[str, Sequence[tuple]], colours: Mapping[str, str], tit
       log: which axes are logarithmic: "", "x", "y" or "xy".
       settle: the y axis begins where the curves are after this share of the x axis: a loss's first steps say nothing.
     """
-    fig, ax = _axes(title, x_label, y_label, log)
+    fig, ax = axes(title, x_label, y_label, log)
     ends, begins = {}, []
     for name, runs in series.items():
         runs = [tuple(np.asarray(axis, float) for axis in run) for run in runs]
         runs = [(x[np.isfinite(y)], y[np.isfinite(y)]) for x, y in runs]
         for x, y in (run for run in runs if len(run[0])):
-            dot = {"marker": "o", "markersize": 3.5} if len(x) <= 8 else {}
-            ax.plot(x, y, color=colours[name], alpha=1 if len(runs) == 1 else 0.6, **dot)
+            alpha = 1 if len(runs) == 1 else 0.6
+            ax.plot(x, y, color=colours[name], alpha=alpha)
+            if len(x) <= 8:
+                words = [_told(name, x_label, a, y_label, b) for a, b in zip(x, y)]
+                dots(ax, x, y, colours[name], words, size=3.5, alpha=alpha)
             ends.setdefault(name, []).append(y[-1])
             begins += [y[np.searchsorted(x, settle * x[-1])], y.min(), y[-1]]
     if begins and "y" not in log:
         low, high = min(begins), max(begins)
         ax.set_ylim(low - 0.06 * (high - low or 1), high + 0.06 * (high - low or 1))
-    _fill_decades(ax, log)
-    _name_ends(ax, {name: float(np.mean(y)) for name, y in ends.items()}, colours)
+    fill_decades(ax, log)
+    name_ends(ax, {name: float(np.mean(y)) for name, y in ends.items()}, colours)
     return fig
 
 
@@ -72,12 +78,12 @@ def lines(series: Mapping[str, Sequence[tuple]], colours: Mapping[str, str], tit
 def scatter(points: Mapping[str, tuple[float, float]], colours: Mapping[str, str], title: str, x_label: str,
             y_label: str, log: str = "x") -> Figure:
     """One named dot for each (x, y)."""
-    fig, ax = _axes(title, x_label, y_label, log)
+    fig, ax = axes(title, x_label, y_label, log)
     for name, (x, y) in points.items():
-        ax.scatter([x], [y], s=64, color=colours[name], edgecolor=PAPER, linewidth=1.2, zorder=3)
+        dots(ax, [x], [y], colours[name], [_told(name, x_label, x, y_label, y)], size=8, edge=1.2, zorder=3)
     ax.margins(x=0.14, y=0.16)
     ax.set_xlim(ax.get_xlim())
-    _fill_decades(ax, log)
+    fill_decades(ax, log)
     to_axes = lambda x, y: ax.transAxes.inverted().transform(ax.transData.transform((x, y)))
     taken: list[tuple[float, float]] = []
     for name, (x, y) in sorted(points.items(), key=lambda item: item[1][1]):
@@ -89,6 +95,17 @@ def scatter(points: Mapping[str, tuple[float, float]], colours: Mapping[str, str
         ax.text(across + (0.025 if right else -0.025), up, name, color=colours[name], va="center", fontsize=9,
                 ha="left" if right else "right", transform=ax.transAxes)
     return fig
+
+
+def dots(ax: Axes, x: Sequence[float], y: Sequence[float], colour: str, labels: Sequence[str], marker: str = "o",
+         size: float = 5, hollow: bool = False, edge: float = 0.8, **style) -> None:
+    """Dots on `ax`, each of which shows its label (any text; the first line is its heading) under the pointer when the
+    figure is part of a page. size: their diameter and edge: their border, in points."""
+    inner, border = (PAPER, colour) if hollow else (colour, PAPER)
+    for across, up, words in zip(x, y, labels, strict=True):
+        (dot,) = ax.plot([across], [up], marker, markersize=size, markerfacecolor=inner, markeredgecolor=border,
+                         markeredgewidth=edge, **style)
+        dot.told = words
 
 
 def heatmap(load: np.ndarray, title: str, x_label: str = "expert", y_label: str = "layer",
@@ -105,7 +122,7 @@ def matrix(values: np.ndarray, title: str, x_label: str, y_label: str, unit: str
     """Values [rows, columns] as shades from 0 to `top`, or to the largest value if that is more. rows, columns: their
     names, by default their numbers."""
     count, across = values.shape
-    fig, ax = _axes(title, x_label, y_label, "", height=min(5.6, max(2.2, 1.3 + 0.34 * count)))
+    fig, ax = axes(title, x_label, y_label, "", height=min(5.6, max(2.2, 1.3 + 0.34 * count)))
     shades = LinearSegmentedColormap.from_list("load", ["#eef2fb", "#9db8f0", HOT, "#1c3a80"], N=48)
     top = max(top, float(values.max()), 1e-9)
     few = across <= 16 and count <= 32  # more have no room for numbers: they are one picture without gaps
@@ -159,8 +176,11 @@ def save(figure: Figure, path: str | Path) -> Path:
 @styled
 def inline_svg(figure: Figure, prefix: str) -> str:
     """The figure as an <svg> element for a page: no namespaces or metadata, ids of its own (they begin with `prefix`),
-    the page's fonts, and for ink, lines and paper the page's CSS variables."""
+    the page's fonts, for ink, lines and paper the page's CSS variables, and the labels of dots as their <title>."""
     out = io.StringIO()
+    told = figure.findobj(lambda artist: hasattr(artist, "told"))
+    for i, artist in enumerate(told):
+        artist.set_gid(f"dot-{i}")
     figure.savefig(out, format="svg", facecolor="none")
     text = out.getvalue()
     text = text[text.index("<svg"):]
@@ -171,10 +191,14 @@ def inline_svg(figure: Figure, prefix: str) -> str:
     text = re.sub(r"font: (?:\w+ )*?([\d.]+px) [^;\"]*", r"font-size: \1", text)
     for colour, name in PAGE_COLOURS.items():
         text = text.replace(colour, f"var(--{name})")
+    # After all else, so that nothing above can change what a label says.
+    text = re.sub(rf'(<g id="{prefix}-dot-(\d+)">)',
+                  lambda found: f"{found[1]}<title>{html.escape(told[int(found[2])].told)}</title>", text)
     return re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', r'<svg \1 role="img">', text, count=1)
 
 
-def _axes(title: str, x_label: str, y_label: str, log: str, height: float | None = None):
+def axes(title: str, x_label: str, y_label: str, log: str, height: float | None = None) -> tuple[Figure, Axes]:
+    """A figure in the style of all others, and its axes to draw on. Call it, and draw, under `styled`."""
     width, usual = STYLE["figure.figsize"]
     fig = Figure((width, height or usual), layout="constrained")
     FigureCanvasAgg(fig)
@@ -190,7 +214,7 @@ def _axes(title: str, x_label: str, y_label: str, log: str, height: float | None
     return fig, ax
 
 
-def _fill_decades(ax, log: str) -> None:
+def fill_decades(ax: Axes, log: str) -> None:
     """Ticks at 1, 2 and 5 on logarithmic axes too short for powers of ten alone."""
     for axis, name in ((ax.xaxis, "x"), (ax.yaxis, "y")):
         low, high = axis.get_view_interval()
@@ -198,7 +222,7 @@ def _fill_decades(ax, log: str) -> None:
             axis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
 
 
-def _name_ends(ax, ends: Mapping[str, float], colours: Mapping[str, str], gap: float = 0.065) -> None:
+def name_ends(ax: Axes, ends: Mapping[str, float], colours: Mapping[str, str], gap: float = 0.065) -> None:
     """Names at the right margin at the heights of `ends`, pushed apart where they would overlap."""
     height = lambda y: ax.transAxes.inverted().transform(ax.transData.transform((ax.get_xlim()[1], y)))[1]
     at = sorted((float(height(y)), name) for name, y in ends.items())
@@ -211,3 +235,7 @@ def _name_ends(ax, ends: Mapping[str, float], colours: Mapping[str, str], gap: f
         ceiling = heights[i] - gap
     for h, (_, name) in zip(heights, at):
         ax.text(1.02, h, name, transform=ax.transAxes, color=colours[name], va="center", fontsize=9)
+
+
+def _told(name: str, x_label: str, x: float, y_label: str, y: float) -> str:
+    return f"{name}\n{x_label}: {short(x, pad=False)}\n{y_label}: {short(y, pad=False)}"

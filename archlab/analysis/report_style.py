@@ -1,4 +1,5 @@
-"""The looks of a report: its style sheet and the few lines of script that sort its tables."""
+"""The looks of a report: its style sheet and the few lines of script that sort its tables and
+tell what a dot under the pointer is."""
 
 STYLE = """
 :root { --paper: #fefefe; --ink: #24292f; --muted: #6b7480; --line: #dfe3e8; --panel: #f6f7f9; --accent: #3f6fd9;
@@ -56,7 +57,12 @@ th[aria-sort=descending] button::after { content: " \\2193"; }
 .step { color: var(--ink); border-radius: 4px; padding: 1px 10px; }
 .ramp { width: 140px; height: 12px; border-radius: 6px; border: 1px solid var(--line);
   background: linear-gradient(to right, transparent, color-mix(in srgb, var(--accent) 62%, transparent)); }
-@media print { .tokens { max-height: none; } }
+.tip { position: fixed; z-index: 1; pointer-events: none; max-width: 320px; padding: 8px 12px; border-radius: 8px;
+  background: var(--panel); border: 1px solid var(--line); box-shadow: 0 4px 16px rgb(0 0 0 / 18%); font-size: 13px;
+  line-height: 1.45; white-space: pre-line; font-variant-numeric: tabular-nums; }
+.tip::first-line { font-weight: 600; }
+.near use, .near path { stroke: var(--ink) !important; stroke-width: 1.6 !important; }
+@media print { .tokens { max-height: none; } .tip { display: none; } }
 """
 
 SCRIPT = """
@@ -73,4 +79,33 @@ for (const button of document.querySelectorAll("th button")) button.onclick = ()
     return (up ? 1 : -1) * (numeric ? x - y : x.localeCompare(y)); };
   body.append(...[...body.rows].sort(compare));
 };
+const tip = Object.assign(document.createElement("div"), {className: "tip", hidden: true});
+document.body.append(tip);
+for (const svg of document.querySelectorAll("svg")) {
+  const dots = [...svg.querySelectorAll("g > title")].map(title => { const dot = title.parentElement;
+    dot.setAttribute("aria-label", title.textContent);
+    title.remove();  // or the browser's own tip would come over ours
+    return dot; });
+  const middle = dot => { const box = dot.getBoundingClientRect();
+    return [box.left + box.width / 2, box.top + box.height / 2]; };
+  let last;
+  const show = dot => {
+    last?.classList.remove("near");
+    last = dot;
+    tip.hidden = !dot;
+    if (!dot) return;
+    dot.classList.add("near");
+    tip.textContent = dot.getAttribute("aria-label");
+    const [x, y] = middle(dot), right = x + 14 + tip.offsetWidth < innerWidth;
+    tip.style.left = `${Math.max(4, right ? x + 14 : x - 14 - tip.offsetWidth)}px`;
+    tip.style.top = `${Math.max(4, Math.min(y - 14, innerHeight - tip.offsetHeight - 4))}px`;
+  };
+  if (dots.length) svg.onpointermove = svg.onpointerdown = event => {
+    let near, least = 18;  // pixels: dots are small, and the nearest is meant
+    for (const dot of dots) { const [x, y] = middle(dot), far = Math.hypot(event.clientX - x, event.clientY - y);
+      if (far < least) [near, least] = [dot, far]; }
+    show(near);
+  };
+  if (dots.length) svg.onpointerleave = () => show();
+}
 """
