@@ -1,7 +1,7 @@
 """Points: the runs that a law is fitted to, read from tables of ours or of others.
 
-Every way to count is one definition of N = (training FLOPs per token) / 6, so that C = 6 N D always holds exactly; N,
-D and C are never mixed from two of them. What cannot be fitted is left out by name (`Excluded`), and runs whose losses
+Every way to count is one definition of N = (training FLOPs per token) / 6, so that C = 6 N D always holds exactly.
+What cannot be fitted is left out by name (`Excluded`), and runs whose losses
 are in different units (of another corpus, tokenizer or context) are refused.
 """
 
@@ -100,12 +100,13 @@ class _Row:
     N: float
     D: float
     loss: float
+    budget: float
 
     @property
     def key(self) -> tuple:
         """What two rows of one run have in common. Tables of others may not say the seed: then the loss tells."""
-        size, budget, seed = (self.cells.get(name) for name in ("size", "budget", "seed"))
-        return self.architecture, size or self.N, budget or self.D, seed or self.loss
+        size, seed = self.cells.get("size") or self.N, self.cells.get("seed") or self.loss
+        return self.architecture, size, seed, self.D if math.isnan(self.budget) else self.budget
 
     @property
     def label(self) -> str:
@@ -173,9 +174,9 @@ def _read(path: Path, convention: str, loss: str, rows: list, excluded: list, sp
             continue
         N, D, C, value = (_positive(cells.get(source[key])) for key in ("N", "D", "C", "loss"))
         N, D = N if source["N"] else C / 6 / D, D if source["D"] else C / 6 / N
-        if "budget" not in columns and at_cost[cells.get(source["C"])] >= 3:
-            cells["budget"] = cells.get(source["C"], "")
-        row = _Row(where, architecture, cells, counted, N, D, value)
+        shared = source["C"] and at_cost[cells[source["C"]]] >= 3
+        budget = _positive(cells["budget"]) if "budget" in columns else C if shared else math.nan
+        row = _Row(where, architecture, cells, counted, N, D, value, budget)
         why = _unfit(row, loss)
         rows.append(row) if why is None else excluded.append(Excluded(f"{where}, {row.label}", why))
 
@@ -257,8 +258,7 @@ def _points(name: str, rows: list[_Row], spelling: dict[str, str]) -> Points:
     further = {spelling[key]: column(_number(row.cells.get(key)) for row in rows) for key in rows[0].cells}
     return Points(name, N=column(row.N for row in rows), D=column(row.D for row in rows),
                   loss=column(row.loss for row in rows),
-                  budget=column(_positive(row.cells.get("budget")) for row in rows),
-                  labels=tuple(row.label for row in rows),
+                  budget=column(row.budget for row in rows), labels=tuple(row.label for row in rows),
                   more={key: values for key, values in further.items() if np.isfinite(values).all()})
 
 
