@@ -21,6 +21,7 @@ from absl import flags
 
 from experiments import common
 
+RATE = 1e-3  # a step's learning rate
 FLAGS = flags.FLAGS
 flags.DEFINE_list("models", ["transformer-small", "mamba-small"], "Names of the zoo, or Python files with a CONFIG.")
 flags.DEFINE_multi_string("set", [], "path=value: changes a field of every model's config. Repeatable.")
@@ -80,10 +81,10 @@ def training_row(name: str, config, peer) -> dict:
     ids = np.random.default_rng(0).integers(0, config.vocab, (B, T), dtype=np.int32)
     ones = np.ones((B, T), np.int32)
     batch = Batch(ids, np.roll(ids, -1, 1), ones, ones.astype(np.float32))
-    transform = Optimizer().build(parameters(config), 1000)
+    transform = Optimizer().build(parameters(config))
     structure, state, _ = create_state(config, transform, seed=0)
     began = time.perf_counter()
-    step = make_train_step(structure, transform, np.ones(config.vocab, np.int32)).lower(state, batch).compile()
+    step = make_train_step(structure, transform, np.ones(config.vocab, np.int32)).lower(state, batch, RATE).compile()
     compiled = time.perf_counter() - began
     memory = step.memory_analysis()
     held = (memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
@@ -92,7 +93,7 @@ def training_row(name: str, config, peer) -> dict:
     seconds, theirs = [], []
     for i in range(FLAGS.steps + 1):
         began = time.perf_counter()
-        state, metrics = step(state, batch)
+        state, metrics = step(state, batch, RATE)
         jax.block_until_ready((state, metrics))
         seconds.append(time.perf_counter() - began)
         if peer:

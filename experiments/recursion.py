@@ -170,14 +170,14 @@ def whole_step(middle, B: int, T: int):
     from archlab.training.step import create_state, make_train_step, parameters
 
     config = language_model(middle)
-    transform = Optimizer().build(parameters(config), steps=1000)
+    transform = Optimizer().build(parameters(config))
     structure, state, _ = create_state(config, transform, seed=0)
     step = make_train_step(structure, transform, np.ones(256))
     ids = np.random.default_rng(0).integers(0, 256, (B, T)).astype(np.int32)
     batch, held = Batch(ids, ids, np.ones((B, T), np.float32), np.ones((B, T), np.int32)), [state]
 
     def run():
-        held[0], metrics = step(held[0], batch)
+        held[0], metrics = step(held[0], batch, 1e-3)
         return metrics
 
     return run

@@ -100,15 +100,15 @@ def measure(config, mesh) -> dict:
     ids = np.random.default_rng(0).integers(0, config.vocab, shape, dtype=np.int32)
     ones = np.ones(shape, np.int32)
     batch = global_batch(Batch(ids, np.roll(ids, -1, 1), ones, ones.astype(np.float32)), mesh)
-    transform = Optimizer().build(parameters(config), 1000)
+    transform = Optimizer().build(parameters(config))
     with jax.set_mesh(mesh):
         structure, state, shardings = create_state(config, transform, 0, mesh)
         step = make_train_step(structure, transform, np.ones(config.vocab, np.int32), shardings=shardings)
-        program = step.lower(state, batch).compile()
+        program = step.lower(state, batch, 1e-3).compile()
         seconds = []
         for _ in range(FLAGS.steps + 1):
             began = time.perf_counter()
-            state, metrics = program(state, batch)
+            state, metrics = program(state, batch, 1e-3)
             jax.block_until_ready((state, metrics))
             seconds.append(time.perf_counter() - began)
     found = collectives(program)

@@ -15,6 +15,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from archlab.layers.config import Config, from_json
+from archlab.training.run import Run
 from archlab.training.step import TrainState
 
 logger = logging.getLogger(__name__)
@@ -30,13 +31,16 @@ class Restored(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints in a folder, of which the `keep` newest stay."""
+    """The checkpoints in a folder, of which the `keep` newest stay, and that of the step `always`."""
 
-    def __init__(self, folder: Path | str, keep: int = 2):
+    def __init__(self, folder: Path | str, keep: int = 2, always: int = 0):
         if keep < 1:
             raise ValueError(f"keep is {keep}; at least 1 checkpoint must stay")
         self.folder = Path(folder).absolute()
-        self.manager = ocp.CheckpointManager(self.folder, options=ocp.CheckpointManagerOptions(max_to_keep=keep))
+        policy = ocp.checkpoint_managers
+        stay = policy.AnyPreservationPolicy([policy.LatestN(keep), policy.CustomSteps([always])])
+        options = ocp.CheckpointManagerOptions(preservation_policy=stay)
+        self.manager = ocp.CheckpointManager(self.folder, options=options)
 
     def save(self, step: int, state: TrainState, data: dict, run: Config, seconds: float) -> None:
         """Copies everything and returns; a thread writes it. `state` may be consumed at once."""
@@ -47,23 +51,31 @@ class Checkpoints:
             model=ocp.args.StandardSave(model), optimizer=ocp.args.StandardSave(optimizer),
             about=ocp.args.JsonSave(about)))
 
-    def restore(self, state: TrainState, run: Config) -> Restored | None:
+    def restore(self, state: TrainState, run: Run) -> Restored | None:
         """The newest whole checkpoint, put where `state` lies; None where there is none yet.
 
         A damaged one is named in a warning, moved aside and passed over. ValueError where the checkpoint is of another
         run (the differing fields are named), and where there are checkpoints but no whole one.
         """
-        model, optimizer = jax.tree.map(_template, _parts(state))
+        return self._newest(_reader(state, self.manager), lambda step, about: _same_run(about["run"], run, self.folder))
 
-        def read(step, about):
-            found = self.manager.restore(step, args=ocp.args.Composite(
-                model=ocp.args.StandardRestore(model), optimizer=ocp.args.StandardRestore(optimizer)))
-            found = {"model": found["model"], "optimizer": found["optimizer"]}
-            _compare_sums(_sums(found), about["sums"])
-            (params, rest), (moments, count) = found["model"].values(), found["optimizer"].values()
-            return Restored(TrainState(params, rest, moments, count), about["data"], about["seconds"])
+    def branch(self, state: TrainState, run: Run) -> Restored:
+        """The newest whole checkpoint of another run in this folder up to which `run` would have gone the same way: all
+        settings are equal but the number of steps and the schedule, and so are the learning rates of the steps taken.
 
-        return self._newest(read, lambda about: _same_run(about["run"], json.loads(run.to_json()), self.folder))
+        ValueError where the runs differ, or where they part before the first checkpoint.
+        """
+        def check(step, about):
+            old = from_json(json.dumps(about["run"]))
+            _same_run(json.loads(old.unscheduled.to_json()), run.unscheduled, self.folder)
+            ours, theirs = run.optimizer.rate(run.steps), old.optimizer.rate(old.steps)
+            return step <= run.steps and all(ours(i) == theirs(i) for i in range(step))
+
+        found = self._newest(_reader(state, self.manager), check, move=False)
+        if found is None:
+            raise ValueError(f"of the checkpoints in {self.folder} ({sorted(self.manager.all_steps()) or 'none'}) a run "
+                             f"of {run.steps} steps with {run.optimizer} has the same learning rates up to none")
+        return found
 
     def restore_model(self, template) -> tuple[Config, dict, dict]:
         """The newest whole model: its config, parameters and other variables, on the first device.
@@ -81,7 +93,7 @@ class Checkpoints:
             _compare_sums(_sums({"model": found}), about["sums"])
             return config, found["params"], found["rest"]
 
-        found = self._newest(read, lambda about: from_json(json.dumps(about["run"]["model"])), move=False)
+        found = self._newest(read, lambda _, about: from_json(json.dumps(about["run"]["model"])), move=False)
         if found is None:
             raise ValueError(f"{self.folder} holds no checkpoint")
         return found
@@ -91,6 +103,8 @@ class Checkpoints:
         self.manager.close()
 
     def _newest(self, read, check, move: bool = True):
+        """What `read(step, about)` gives for the newest step where it succeeds; steps for which `check(step, about)` is
+        False are passed over."""
         damaged = []
         for step in sorted(self.manager.all_steps(), reverse=True):
             try:
@@ -99,7 +113,8 @@ class Checkpoints:
             except Exception as error:  # orbax and tensorstore raise whatever they like
                 damaged.append((step, error))
                 continue
-            check(about)
+            if check(step, about) is False:
+                continue
             try:
                 found = read(step, about)
             except Exception as error:
@@ -139,9 +154,24 @@ def differences(old, new, path: str = "") -> list[str]:
     return [line for key, a, b in pairs for line in differences(a, b, f"{path}.{key}" if path else key)]
 
 
-def _same_run(old: dict, new: dict, folder: Path) -> None:
+def _reader(state: TrainState, manager: ocp.CheckpointManager):
+    """A function of (step, about) that reads a checkpoint to where `state` lies."""
+    model, optimizer = jax.tree.map(_template, _parts(state))
+
+    def read(step: int, about: dict) -> Restored:
+        found = manager.restore(step, args=ocp.args.Composite(
+            model=ocp.args.StandardRestore(model), optimizer=ocp.args.StandardRestore(optimizer)))
+        found = {"model": found["model"], "optimizer": found["optimizer"]}
+        _compare_sums(_sums(found), about["sums"])
+        (params, rest), (moments, count) = found["model"].values(), found["optimizer"].values()
+        return Restored(TrainState(params, rest, moments, count), about["data"], about["seconds"])
+
+    return read
+
+
+def _same_run(old: dict, new: Run, folder: Path) -> None:
     drop = lambda run: {key: value for key, value in run.items() if key not in FREE}
-    lines = differences(drop(old), drop(new))
+    lines = differences(drop(old), drop(json.loads(new.to_json())))
     if lines:
         raise ValueError(f"{folder} holds checkpoints of another run; use another folder or the same settings:\n  "
                          + "\n  ".join(lines))

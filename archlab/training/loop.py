@@ -4,50 +4,24 @@ import contextlib
 import dataclasses
 import signal
 import threading
-import time
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from archlab.data import Batch, Corpus, Symbols, load_corpus, tokenizer_from, train_batches, validation_batches
-from archlab.layers.config import Config, require
+from archlab.data import Corpus, Symbols, load_corpus, tokenizer_from, train_batches, validation_batches
 from archlab.layers.weights import merge
-from archlab.model import LanguageModel, Model
-from archlab.parallel.mesh import batch_sharding, global_batch, process_share
-from archlab.training.evaluation import Evaluation, evaluate, make_evaluate_step
+from archlab.model import Model
+from archlab.parallel.mesh import global_batch, process_share
+from archlab.training.evaluation import Evaluation, evaluate
 from archlab.training.metrics import Journal, peak_flops
-from archlab.training.optimizers import Optimizer
+from archlab.training.programs import Programs
 from archlab.training.progress import Progress
 from archlab.training.recorder import Recorder
-from archlab.training.step import TrainState, create_state, make_train_step, parameters
-
-
-class Run(Config):
-    """All that decides the numbers of a run.
-
-    data, tokenizer: as `load_corpus` and `tokenizer_from` take them. batch: rows a step, of `context` tokens each, over
-    all devices. accumulate: micro-batches a step. seed: of the weights, the order of the data and the training form.
-    """
-
-    model: LanguageModel
-    steps: int
-    batch: int
-    context: int
-    data: str = "stdlib"
-    tokenizer: str = "bytes"
-    seed: int = 0
-    accumulate: int = 1
-    optimizer: Optimizer = Optimizer()
-
-    def __post_init__(self):
-        for field in ("steps", "batch", "context", "accumulate"):
-            require(getattr(self, field) >= 1, self, field, "must be at least 1")
-        require(self.seed >= 0, self, "seed", "must be 0 or more")
-        require(self.batch % self.accumulate == 0, self, "accumulate", f"must divide the batch of {self.batch} rows")
+from archlab.training.run import Run
+from archlab.training.step import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +31,8 @@ class Result:
     history: one dict per logged step, as in metrics.jsonl (step, loss, bits_per_byte, grad_norm, tokens, seconds,
     tokens_per_second, learning_rate, where evaluated validation_loss, validation_bits_per_byte, and with experts
     max_violation, largest_logit).
-    evaluation: after the last step. compile_seconds: of the step. tokens_per_second: median, without compilation.
+    evaluation: after the last step. compile_seconds: of the step, 0 where it was compiled before. tokens_per_second:
+    median, without compilation.
     """
 
     run: Run
@@ -83,7 +58,8 @@ class Interrupted(SystemExit):
 
 def train(run: Run, corpus: Corpus | None = None, tokenizer=None, *, out: str | Path | None = None, mesh=None,
           name: str = "training", log_every: int = 10, eval_every: int = 0, eval_batches: int | None = 20,
-          checkpoint_every: int = 0, keep: int = 2, flops_per_token: float | None = None, tensorboard: bool = True,
+          checkpoint_every: int = 0, keep: int = 2, branch_from: str | Path | None = None,
+          programs: Programs | None = None, flops_per_token: float | None = None, tensorboard: bool = True,
           wandb: str | None = None, collapse_after: int = 100, quiet: bool = False) -> Result:
     """Trains a model, or goes on where an earlier call with the same `run` and `out` stopped.
 
@@ -93,11 +69,17 @@ def train(run: Run, corpus: Corpus | None = None, tokenizer=None, *, out: str | 
         checkpoints; None writes nothing.
       mesh: from `make_mesh`; None for one device.
       eval_every, checkpoint_every: in steps; 0 for once, after the last. eval_batches: of validation, None for all.
+      keep: so many of the newest checkpoints stay. With the schedule "wsd" that of where the rate begins to fall is
+        written and stays, too, for longer runs to branch off from (arXiv:2405.18392).
+      branch_from: the folder of a run that began as this one: where `out` is new, this one goes on from the newest of
+        its checkpoints up to which both had the same learning rates, and gives what it would give alone.
+      programs: compiled before, for this run or one that differs in learning rate, schedule, steps or seed.
       flops_per_token: of training, to show the MFU. collapse_after: steps for which an expert must starve before a
         warning names it (`archlab.training.collapse`).
 
     Raises:
-      ValueError: settings that do not fit one another, or a folder with checkpoints of another run.
+      ValueError: settings that do not fit one another, or a folder with checkpoints of another run; `branch_from`
+        where no checkpoint can be gone on from.
       Diverged: a loss that is not finite, or has grown beyond a guess; nothing of it is saved.
       Interrupted: after SIGTERM or Ctrl-C, when all is saved.
     """
@@ -116,15 +98,22 @@ def train(run: Run, corpus: Corpus | None = None, tokenizer=None, *, out: str | 
     with contextlib.ExitStack() as stack:
         if mesh is not None:
             stack.enter_context(jax.set_mesh(mesh))
-        transform = run.optimizer.build(parameters(run.model), run.steps)
-        structure, state, shardings = create_state(run.model, transform, run.seed, mesh)
+        compiling = programs is None
+        if compiling:
+            programs = Programs(run, tokenizer.bytes_per_token, mesh)
+        programs.check(run, tokenizer.bytes_per_token, mesh)
+        state, rate = programs.create(run.seed), run.optimizer.rate(run.steps)
         checkpoints, journal, start, seconds = None, None, 0, 0.0
         if out is not None:
             from archlab.training.checkpoints import Checkpoints  # late: orbax takes most of a second
 
-            checkpoints = Checkpoints(Path(out) / "checkpoints", keep)
+            checkpoints = Checkpoints(Path(out) / "checkpoints", keep, run.branches_at)
             stack.callback(checkpoints.close)
             restored = checkpoints.restore(state, run)
+            begun = restored is not None
+            if restored is None and branch_from is not None:
+                with contextlib.closing(Checkpoints(Path(branch_from) / "checkpoints")) as others:
+                    restored = others.branch(state, run)
             if restored is not None:
                 state, seconds, start = restored.state, restored.seconds, int(restored.state.step)
                 batches.set_state(restored.data)
@@ -133,35 +122,31 @@ def train(run: Run, corpus: Corpus | None = None, tokenizer=None, *, out: str | 
                 stack.callback(journal.close)
                 (Path(out) / "config.json").write_text(run.to_json())
 
-        began = time.perf_counter()
-        step_function = make_train_step(structure, transform, tokenizer.bytes_per_token, seed=run.seed,
-                                        accumulate=run.accumulate, shardings=shardings)
-        train_step = step_function.lower(state, _shapes(run, mesh)).compile()  # no step ever compiles again
-        compile_seconds = time.perf_counter() - began
-        evaluate_step = make_evaluate_step(structure, tokenizer.bytes_per_token)
-
         unit = "bits/answer" if isinstance(tokenizer, Symbols) else "bits/byte"
         progress = Progress(name, run.steps, start, quiet or jax.process_index() > 0, unit)
         stack.callback(progress.close)
         if start:
-            progress.say(f"going on after step {start} of {run.steps} in {out}")
+            progress.say(f"going on after step {start} of {run.steps} in {out}" if begun else
+                         f"branching off after step {start} of {branch_from}")
         stop = stack.enter_context(_signals())
         recorder = Recorder(steps=run.steps, tokens_per_step=run.batch * run.context, vocab=run.model.vocab,
-                            rate=run.optimizer.rate(run.steps), log_every=log_every, seconds=seconds,
+                            rate=rate, log_every=log_every, seconds=seconds,
                             progress=progress, journal=journal, peak_tokens_per_second=peak,
                             collapse_after=collapse_after)
         evaluation = None
         for step in range(start + 1, run.steps + 1):
-            state, metrics = train_step(state, place(next(batches)))  # returns at once; the device works on
+            # returns at once; the device works on
+            state, metrics = programs.step(state, place(next(batches)), rate(step - 1), run.seed)
             recorder.add(step, metrics)
             last = step == run.steps
             stopping = _agreed(stop, step % log_every == 0)
             evaluating = last or bool(eval_every) and step % eval_every == 0
-            saving = last or stopping or bool(checkpoint_every) and step % checkpoint_every == 0
+            saving = (last or stopping or step == run.branches_at
+                      or bool(checkpoint_every) and step % checkpoint_every == 0)
             if evaluating or saving:
                 recorder.settle()  # a state that is not finite is never saved
                 if evaluating:
-                    evaluation = evaluate(evaluate_step, state.params, state.rest, held_out, mesh)
+                    evaluation = evaluate(programs.evaluate, state.params, state.rest, held_out, mesh)
                     recorder.commit(validation_loss=evaluation.loss,
                                     validation_bits_per_byte=evaluation.bits_per_byte)
                 recorder.commit()
@@ -173,14 +158,9 @@ def train(run: Run, corpus: Corpus | None = None, tokenizer=None, *, out: str | 
                              else f"interrupted after step {step}; nothing was to be saved")
                 raise Interrupted(step)
         if evaluation is None:  # all steps had been taken before
-            evaluation = evaluate(evaluate_step, state.params, state.rest, held_out, mesh)
-        return Result(run, structure, state, recorder.rows, evaluation, compile_seconds, recorder.tokens_per_second)
-
-
-def _shapes(run: Run, mesh) -> Batch:
-    sharding = None if mesh is None else batch_sharding(mesh)
-    of = lambda dtype: jax.ShapeDtypeStruct((run.batch, run.context), dtype, sharding=sharding)
-    return Batch(of(jnp.int32), of(jnp.int32), of(jnp.int32), of(jnp.float32))
+            evaluation = evaluate(programs.evaluate, state.params, state.rest, held_out, mesh)
+        return Result(run, programs.structure, state, recorder.rows, evaluation,
+                      programs.compile_seconds if compiling else 0.0, recorder.tokens_per_second)
 
 
 @contextlib.contextmanager

@@ -2,9 +2,9 @@
 their schedules."""
 
 import math
+from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from archlab.layers.alphabet import is_matrix
@@ -50,27 +50,32 @@ class Optimizer(Config):
         for field in ("b1", "b2"):
             require(0 <= getattr(self, field) < 1, self, field, "must be at least 0 and below 1")
 
-    def rate(self, steps: int) -> optax.Schedule:
+    def rate(self, steps: int) -> Callable[[int], float]:
         """The learning rate as a function of the step, counted from 0, of a run of so many `steps`.
 
         With w steps of warm-up the rate at step i < w is (i + 1) / w of the peak. After that, from x = 0 to 1 over what
         is left: cosine is floor + (1 - floor) (1 + cos(pi x)) / 2; wsd is 1 until its last `decay` of the steps, and in
         these floor + (1 - floor) (1 - sqrt(x)) (arXiv:2405.18392).
         """
-        warmup = round(self.warmup * steps)
-        start = {"cosine": warmup, "wsd": steps - round(self.decay * steps), "constant": steps}[self.schedule]
-        shape = {"cosine": lambda x: (1 + jnp.cos(jnp.pi * x)) / 2, "wsd": lambda x: 1 - jnp.sqrt(x),
-                 "constant": jnp.ones_like}[self.schedule]
+        warmup, start = round(self.warmup * steps), self.falls_from(steps)
+        shape = {"cosine": lambda x: (1 + math.cos(math.pi * x)) / 2, "wsd": lambda x: 1 - math.sqrt(x),
+                 "constant": lambda x: 1.0}[self.schedule]
 
-        def rate(step):
-            rising = jnp.minimum((step + 1) / max(warmup, 1), 1)
-            x = jnp.clip((step - start) / max(steps - start, 1), 0, 1)
+        def rate(step: int) -> float:
+            rising = min((step + 1) / max(warmup, 1), 1)
+            x = min(max((step - start) / max(steps - start, 1), 0), 1)
             return self.learning_rate * rising * (self.floor + (1 - self.floor) * shape(x))
 
         return rate
 
-    def build(self, parameters: dict[str, jax.Array], steps: int) -> optax.GradientTransformation:
-        """The optax transformation over flat dictionaries {path: array}.
+    def falls_from(self, steps: int) -> int:
+        """After how many of `steps` the learning rate begins to fall; `steps` where it never does."""
+        return {"cosine": round(self.warmup * steps), "wsd": steps - round(self.decay * steps),
+                "constant": steps}[self.schedule]
+
+    def build(self, parameters: dict[str, jax.Array]) -> optax.GradientTransformation:
+        """The optax transformation over flat dictionaries {path: array}, for a learning rate of 1: what it gives is
+        multiplied by `rate(steps)(step)` at each step.
 
         Args: parameters: {path: nnx.Param}, real or abstract, as `parameters_of` gives them.
         """
@@ -89,7 +94,7 @@ class Optimizer(Config):
             direction,
             optax.add_decayed_weights(self.weight_decay, decays),
             optax.stateless(lambda updates, _: {path: rates[path] * update for path, update in updates.items()}),
-            optax.scale_by_learning_rate(self.rate(steps)),
+            optax.scale(-1),
         )
 
 

@@ -39,12 +39,16 @@ def abstract(config: LanguageModel) -> Model:
 
 
 def create_state(config: LanguageModel, transform: optax.GradientTransformation, seed: int, mesh=None):
-    """The model's structure, the state before the first step, and where it lies (None without a mesh).
+    """The model's structure, the state before the first step, and where it lies (None without a mesh)."""
+    structure, create, shardings = make_create(config, transform, mesh)
+    return structure, create(seed), shardings
 
-    Everything is made under one `jit`, so on a mesh each weight is born where it will live.
-    """
-    def make() -> TrainState:
-        _, params, rest = split(config.build(nnx.Rngs(seed)))
+
+def make_create(config: LanguageModel, transform: optax.GradientTransformation, mesh=None):
+    """The model's structure, a jitted function `create(seed)` that gives the state before the first step, and where
+    that lies (None without a mesh). On a mesh each weight is born where it will live."""
+    def make(seed) -> TrainState:
+        _, params, rest = split(config.build(nnx.Rngs(jax.random.key(seed))))
         return TrainState(params, rest, transform.init(params), jnp.zeros((), jnp.int32))
 
     model, shardings = abstract(config), None
@@ -53,19 +57,21 @@ def create_state(config: LanguageModel, transform: optax.GradientTransformation,
         places, rest = parameter_shardings(model, mesh)
         whole = NamedSharding(mesh, PartitionSpec())
         shardings = TrainState(places, rest, optimizer_shardings(transform, params, places), whole)
-    return structure, jax.jit(make, out_shardings=shardings)(), shardings
+    return structure, jax.jit(make, out_shardings=shardings), shardings
 
 
 def make_train_step(structure: nnx.GraphDef, transform: optax.GradientTransformation, bytes_per_token: np.ndarray, *,
-                    seed: int = 0, accumulate: int = 1, shardings: TrainState | None = None):
-    """A jitted function `step(state, batch) -> (state, metrics)`; it consumes `state`.
+                    accumulate: int = 1, shardings: TrainState | None = None):
+    """A jitted function `step(state, batch, rate=1.0, seed=0) -> (state, metrics)`; it consumes `state`.
+
+    What `transform` gives is multiplied by the learning rate `rate`; from `seed` come the training form's random
+    numbers, for each step its own. Both are inputs: one program serves every rate, schedule and seed.
 
     The loss is the mean of the negative log-likelihood over real targets, plus the losses that layers add. With
     `accumulate` = n the batch is run as n micro-batches of every n-th row and the sums are divided once: that equals
     the whole batch where losses are linear in it. Layers' own losses and updates are means over micro-batches.
 
-    Args:
-      bytes_per_token: [V]. seed: of the training form's random numbers; each step has its own.
+    Args: bytes_per_token: [V].
     Returns metrics, scalars on the device: loss (nats per target), bits_per_byte, grad_norm, and aux/NAME for each
       loss that a layer adds; and "traces", those of layers with experts that training watches: {path: array}, where a
       path ends in load or largest_logit; means over micro-batches.
@@ -97,7 +103,7 @@ def make_train_step(structure: nnx.GraphDef, transform: optax.GradientTransforma
         add = lambda total, piece: (jax.tree.map(jnp.add, total, one(*piece)), None)
         return jax.lax.scan(add, zeros, (pieces, jnp.arange(accumulate)))[0]
 
-    def step(state: TrainState, batch: Batch):
+    def step(state: TrainState, batch: Batch, rate=1.0, seed=0):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         model = merge(structure, state.params, state.rest)
         rates = {path: variable.rate for path, variable in variables_of(model, Steered).items()}
@@ -106,6 +112,7 @@ def make_train_step(structure: nnx.GraphDef, transform: optax.GradientTransforma
         (_, (nll, aux, updates, traces)), grads = gradients(state, batch, key, count)
         moves, optimizer = transform.update(grads, state.optimizer, state.params)
         rest = move(state.rest, updates, rates)
+        moves = {path: rate * update for path, update in moves.items()}
         new = TrainState(optax.apply_updates(state.params, moves), rest, optimizer, state.step + 1)
         length = jnp.sum(jnp.asarray(bytes_per_token)[batch.targets] * batch.weights)
         metrics = {"loss": nll, "bits_per_byte": nll * count / (jnp.maximum(length, 1) * jnp.log(2.0)),

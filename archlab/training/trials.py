@@ -9,18 +9,14 @@ import time
 from collections.abc import Callable, Iterator
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-from flax import nnx
 
 from archlab.data.batches import Batch
 from archlab.data.tasks import Task, task_batches, test_batches
-from archlab.layers.weights import split
 from archlab.model import LanguageModel
 from archlab.training.accuracy import Score, make_score_step, score
 from archlab.training.optimizers import Optimizer
-from archlab.training.step import TrainState, abstract, make_train_step, parameters
+from archlab.training.step import make_create, make_train_step, parameters
 
 EVERY = 50  # steps between looks at the loss, which wait for the device
 
@@ -49,29 +45,20 @@ class Fits:
 
     def __init__(self, model: LanguageModel, steps: int, optimizer: Optimizer = Optimizer()):
         """optimizer: its learning rate is left to the trainings."""
-        self.model, self.steps = model, steps
-        # Adam's direction at the rate 1, its decay and its schedule included, times the training's rate.
-        direction = dataclasses.replace(optimizer, learning_rate=1.0).build(parameters(model), steps)
-        transform = optax.chain(direction, optax.inject_hyperparams(optax.scale)(step_size=1.0))
-
-        def begin(key: jax.Array, rate: jax.Array) -> TrainState:
-            _, params, rest = split(model.build(nnx.Rngs(key)))
-            direction, scale = transform.init(params)
-            scale = scale._replace(hyperparams={"step_size": rate})
-            return TrainState(params, rest, (direction, scale), jnp.zeros((), jnp.int32))
-
-        self.structure = split(abstract(model))[0]
-        self._begin = jax.jit(begin)
+        self.model, self.steps, self.optimizer = model, steps, optimizer
+        transform = optimizer.build(parameters(model))
+        self.structure, self._begin, _ = make_create(model, transform)
         self._step = make_train_step(self.structure, transform, np.ones(model.vocab, np.int32))
 
     def fit(self, rate: float, seed: int, batches: Iterator[Batch],
             show: Callable[[int, float], None] | None = None) -> Fit:
         """Trains from `seed` (of the weights) at `rate`, on batches of one shape. show: is told step and loss from time
         to time."""
-        state = self._begin(jax.random.key(seed), jnp.float32(rate))
+        state = self._begin(seed)
+        rates = dataclasses.replace(self.optimizer, learning_rate=rate).rate(self.steps)
         began, step, loss = time.perf_counter(), 0, math.nan
         while step < self.steps:
-            state, metrics = self._step(state, next(batches))
+            state, metrics = self._step(state, next(batches), np.float32(rates(step)))
             step += 1
             if step % EVERY == 0 or step == self.steps:
                 loss = float(metrics["loss"])

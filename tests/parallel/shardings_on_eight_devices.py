@@ -48,7 +48,7 @@ def test_no_device_draws_the_whole_of_a_weight():
 def test_optimizer_state_lies_where_its_parameters_do():
     config, mesh = archlab.get_config("transformer-nano"), make_mesh("fsdp:8")
     for name in ("adamw", "muon", "adafactor"):
-        _, state, _ = create_state(config, Optimizer(name).build(parameters(config), 10), 0, mesh)
+        _, state, _ = create_state(config, Optimizer(name).build(parameters(config)), 0, mesh)
         whole = sum(leaf.nbytes for leaf in jax.tree.leaves(state.optimizer))
         here = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state.optimizer))
         assert here < whole / 6, name  # what has no D stays whole: counts, and factors over D
@@ -99,7 +99,7 @@ def test_batches_lie_by_rows():
 def test_checkpoints_restore_onto_another_mesh(tmp_path):
     config = archlab.get_config("transformer-nano")
     run = Run(config, steps=2, batch=8, context=16)
-    transform = run.optimizer.build(parameters(config), 2)
+    transform = run.optimizer.build(parameters(config))
     state_on = lambda spec, seed: create_state(config, transform, seed, make_mesh(spec))[1]
     saved = state_on("fsdp:8", 1)
     checkpoints = Checkpoints(tmp_path)

@@ -25,7 +25,7 @@ RUN = Run(CONFIG, steps=100, batch=4, context=16)
 
 def state_of(step):
     weights = {"body/0/weight": jnp.arange(60.0).reshape(3, 20) + step, "norm/scale": jnp.full(3, step, jnp.float32)}
-    moments = Optimizer("muon").build({"body/0/weight": Weight("D->F"), "norm/scale": Weight("->D")}, 9).init(weights)
+    moments = Optimizer("muon").build({"body/0/weight": Weight("D->F"), "norm/scale": Weight("->D")}).init(weights)
     return TrainState(weights, {"balance": jnp.ones(2)}, moments, jnp.int32(step))
 
 
@@ -122,7 +122,7 @@ def test_save_and_load(tmp_path):
 
 
 def test_load_takes_the_newest_whole_checkpoint_of_a_run(tmp_path):
-    transform = RUN.optimizer.build(parameters(CONFIG), RUN.steps)
+    transform = RUN.optimizer.build(parameters(CONFIG))
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     models = {}
     for step in (1, 2):

@@ -19,13 +19,13 @@ from archlab.layers.repeat import Repeat
 from archlab.layers.residual import Residual
 from archlab.layers.weights import merge
 from archlab.model import LanguageModel
-from archlab.training import loop, objectives
+from archlab.training import loop, objectives, programs
 from archlab.training.expert_record import ExpertRecord
 from archlab.training.loop import Interrupted, Run, train
 from archlab.training.metrics import Lines, read_rows
 from archlab.training.optimizers import Optimizer
 from archlab.training.recorder import Diverged
-from archlab.training.step import create_state, make_train_step, parameters
+from archlab.training.step import create_state, make_create, make_train_step, parameters
 
 LAYERS = ["body/unit/0/layer", "body/unit/1/layer"]
 
@@ -140,12 +140,18 @@ def test_a_collapse_is_told_once_though_the_run_was_cut(tmp_path, saved, reached
 
 def test_the_router_that_broke_is_named(run, monkeypatch):
     def broken(*args):
-        structure, state, shardings = create_state(*args)
+        structure, create, shardings = make_create(*args)
         path = "body/unit/layer/router/weight"
-        params = state.params | {path: state.params[path].at[1, 0, 0].set(np.nan)}
-        return structure, dataclasses.replace(state, params=params), shardings
 
-    monkeypatch.setattr(loop, "create_state", broken)
+        @jax.jit
+        def create_broken(seed):
+            state = create(seed)
+            params = state.params | {path: state.params[path].at[1, 0, 0].set(np.nan)}
+            return dataclasses.replace(state, params=params)
+
+        return structure, create_broken, shardings
+
+    monkeypatch.setattr(programs, "make_create", broken)
     with pytest.raises(Diverged, match=rf"step 1: .* first router .* is that of layer 2 \({LAYERS[1]}\)"):
         train(run, quiet=True)
 
@@ -165,7 +171,7 @@ def test_loads_of_micro_batches_are_means(run):
     corpus = load_corpus(run.data)
     tokenizer = tokenizer_from("bytes", corpus)
     batch = next(train_batches(corpus, tokenizer, 32, 4, 0))
-    transform = run.optimizer.build(parameters(run.model), 10)
+    transform = run.optimizer.build(parameters(run.model))
     structure, state, _ = create_state(run.model, transform, 0)
     model = merge(structure, state.params, state.rest)
     training = Training(jax.random.key(0), jnp.int32(0))

@@ -161,12 +161,12 @@ def toy(price: float):
 def test_the_best_policy_is_found(price, runs):
     """Trained by the language model's loss and the price alone. Where running is free, it always runs."""
     structure, state, transform = toy(price)
-    step, after = make_train_step(structure, transform, np.ones(4), seed=1), np.array([1, 0, 3, 2])
+    step, after = make_train_step(structure, transform, np.ones(4)), np.array([1, 0, 3, 2])
     draw = np.random.default_rng(0)
     for _ in range(150):
         ids = draw.integers(0, 4, (8, 16)).astype(np.int32)
         ones = np.ones((8, 16), np.int32)
-        state, _ = step(state, Batch(ids, after[ids].astype(np.int32), ones, ones.astype(np.float32)))
+        state, _ = step(state, Batch(ids, after[ids].astype(np.int32), ones, ones.astype(np.float32)), seed=1)
     model, ids = merge(structure, state.params, state.rest), jnp.arange(4)[None]
     out = jax.jit(lambda model: model(ids))(model)
     assert (out.aux.traces["body/layer/choices"][0, :, 0] >= 0).tolist() == runs

@@ -31,9 +31,9 @@ def batch_of(rows, length, seed=0):
     return Batch(ids[:, :-1], ids[:, 1:], segments[:, :-1], weights.astype(np.float32))
 
 
-def start(name, optimizer=Optimizer(schedule="constant", warmup=0.0, learning_rate=1e-2), **options):
+def start(name, optimizer=Optimizer(), **options):
     config = archlab.get_config(name)
-    transform = optimizer.build(parameters(config), 100)
+    transform = optimizer.build(parameters(config))
     structure, state, _ = create_state(config, transform, 0)
     return structure, state, make_train_step(structure, transform, BYTES, **options)
 
@@ -45,7 +45,7 @@ def test_overfits_one_batch(name):
     batch = batch_of(2, 24)
     losses = []
     for _ in range(80):
-        state, metrics = step(state, batch)
+        state, metrics = step(state, batch, 1e-2)
         losses.append(float(metrics["loss"]))
     assert losses[0] > 4 and losses[-1] < 1, f"{name}: from {losses[0]:.2f} to {losses[-1]:.2f} nats a token"
 
@@ -81,7 +81,7 @@ def test_loss_counts_real_targets_only():
 
 def test_bits_per_byte_counts_bytes():
     config = archlab.get_config("transformer-nano")
-    transform = Optimizer().build(parameters(config), 10)
+    transform = Optimizer().build(parameters(config))
     structure, state, _ = create_state(config, transform, 0)
     step = make_train_step(structure, transform, np.full(256, 3, np.int32))
     _, metrics = step(state, batch_of(2, 16))
