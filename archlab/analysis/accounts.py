@@ -23,6 +23,7 @@ from archlab.experts.capacity import Capacity
 from archlab.experts.dispatch import exactly
 from archlab.layers.alphabet import lettered, parameters_of
 from archlab.layers.contract import Training
+from archlab.layers.positions import LearnedPositionsModule
 from archlab.model import LanguageModel
 from archlab.zoo import get_config
 
@@ -37,8 +38,9 @@ class Parameters:
     one token meets, on average: top_k of E experts, all of a shared or recurrent unit.
     applied: weights times how often a token passes through them: what 2N and 6N mean where weights are used again.
     embedding, active_body: total = embedding + body; embedding is every table over the vocabulary, tied, untied or
-    look-up only; active_body is what is active of the body, by which architectures are matched. active_computing:
-    active less a table that is looked up only; models' cards count either way.
+    look-up only; active_body is what is active of the body, by which architectures are matched. lookup: tables that
+    are looked up only, of an untied model's tokens and of learned positions; active_computing: active less these.
+    Models' cards count either way.
     """
 
     total: int
@@ -101,16 +103,20 @@ def profile(config: LanguageModel | str, context: int = 4096, batch: int = 1) ->
         if value < 1:
             raise ValueError(f"profile: {name} = {value!r}: must be at least 1")
     model, state = abstract(config), _state(config, context, 1)
-    ids = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
-    training = Training(jax.eval_shape(lambda: jax.random.key(0)), jax.ShapeDtypeStruct((), jnp.int32))
-    shared = math.lcm(*(c.rows for _, c in config.walk() if isinstance(c, Capacity)))
-    rows = -(-ROWS // shared) * shared
-    texts, tokens = ids(rows, context), rows * context
+    texts = _texts(config, context)
     with exactly():
-        forward = count(lambda m, i: _run(m, i).logits, model, texts) / tokens
-        trained = count(lambda m, i, t: _run(m, i, t)[:3], model, texts, training) * 3 / tokens  # and what layers say
-        decode = count(lambda m, i, s: m(i, state=s)[:2], model, ids(1, 1), state)  # and the state
-    return Profile(context, batch, _parameters(model), forward, trained, decode, state_bytes(config, context, batch))
+        forward = count(lambda m, i: _run(m, i).logits, model, texts) / math.prod(texts.shape)
+        decode = count(lambda m, i, s: m(i, state=s)[:2], model, _numbers(1, 1), state)  # and the state
+    return Profile(context, batch, _parameters(model), forward, training_flops(config, context), decode,
+                   state_bytes(config, context, batch))
+
+
+def training_flops(config: LanguageModel, context: int) -> Flops:
+    """Per token, forward and backward in the training form, for texts of `context` tokens."""
+    training, texts = Training(jax.eval_shape(lambda: jax.random.key(0)), _numbers()), _texts(config, context)
+    with exactly():
+        once = count(lambda m, i, t: _run(m, i, t)[:3], abstract(config), texts, training)  # and what layers say
+    return once * 3 / math.prod(texts.shape)
 
 
 def count_parameters(config: LanguageModel) -> Parameters:
@@ -142,6 +148,25 @@ def short(number: float, pad: bool = True) -> str:
     return f"{number:{'#' if pad else ''}.3g}".rstrip(".") + units[0]
 
 
+def looked_up(model: nnx.Module) -> dict[str, nnx.Param]:
+    """Path -> weight of the tables whose rows are taken and that multiply nothing: that of the tokens beside a head of
+    its own, and learned positions."""
+    tables = [path for path, module in nnx.iter_graph(model) if isinstance(module, LearnedPositionsModule)]
+    tables += [] if model.head is None else [("embed",)]
+    weights = parameters_of(model)
+    return {path: weights[path] for path in ("/".join(map(str, (*table, "table"))) for table in tables)}
+
+
+def _numbers(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+
+def _texts(config: LanguageModel, context: int) -> jax.ShapeDtypeStruct:
+    """The texts that a pass is counted over: rows that may share a capacity come together."""
+    shared = math.lcm(*(c.rows for _, c in config.walk() if isinstance(c, Capacity)))
+    return _numbers(-(-ROWS // shared) * shared, context)
+
+
 def _state(config: LanguageModel, context: int, batch: int):
     dtype = jnp.dtype(config.dtype or jnp.float32)
     def make(model):
@@ -166,5 +191,5 @@ def _parameters(model: nnx.Module) -> Parameters:
         active=round(sum(w.size * min(1, w.uses) for w in weights)) + steered,
         applied=round(sum(w.size * w.uses for w in weights)) + steered,
         embedding=sum(w.size for w in weights if "V" in w.letters),
-        lookup=0 if model.head is None else model.embed.table.size,
+        lookup=sum(w.size for w in looked_up(model).values()),
     )
