@@ -1,8 +1,8 @@
 """Points: the runs that a law is fitted to, read from tables of ours or of others.
 
 Every way to count is one definition of N = (training FLOPs per token) / 6, so that C = 6 N D always holds exactly.
-What cannot be fitted is left out by name (`Excluded`), and runs whose losses
-are in different units (of another corpus, tokenizer or context) are refused.
+What cannot be fitted is left out by name (`Excluded`), and runs whose losses are in different units (of another corpus,
+tokenizer or context) are refused.
 """
 
 import csv
