@@ -73,7 +73,8 @@ class Checkpoints:
 
         found = self._newest(_reader(state, self.manager), check, move=False)
         if found is None:
-            raise ValueError(f"of the checkpoints in {self.folder} ({sorted(self.manager.all_steps()) or 'none'}) a run "
+            steps = sorted(self.manager.all_steps()) or "none"
+            raise ValueError(f"of the checkpoints in {self.folder} ({steps}) a run "
                              f"of {run.steps} steps with {run.optimizer} has the same learning rates up to none")
         return found
 
