@@ -1,0 +1,130 @@
+"""What is found of one architecture: its law with resampled ones, its isoFLOP parabolas, how well it foretells.
+
+An architecture whose points no law can be fitted to is a study too, with the reason; others are not held up by it.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from archlab.analysis.scaling.bootstrap import Sample, bootstrap
+from archlab.analysis.scaling.envelope import envelope
+from archlab.analysis.scaling.fit import Fit, fit
+from archlab.analysis.scaling.frontier import LEVEL, Multiplier, exponents, multiplier, optimum
+from archlab.analysis.scaling.holdout import Holdout, holdout
+from archlab.analysis.scaling.isoflop import Parabola, parabolas, power_laws
+from archlab.analysis.scaling.points import Points
+
+AHEAD = 10.0  # how far beyond the largest compute a law is asked, and then flagged
+
+
+@dataclass(frozen=True, eq=False)
+class Study:
+    """refused: why there is no fit, no sample (then both are None); unheld: why there is no holdout."""
+
+    points: Points
+    fit: Fit | None = None
+    sample: Sample | None = None
+    holdout: Holdout | None = None
+    parabolas: Sequence[Parabola] = ()
+    refused: str = ""
+    unheld: str = ""
+
+    def band(self, of: Callable[[np.ndarray], np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """The 95% interval of a function of theta [R, P] over the resampled laws."""
+        drawn, tail = of(self.sample.thetas), (1 - LEVEL) / 2
+        return (np.nanquantile(drawn, tail, axis=0, method="lower"),
+                np.nanquantile(drawn, 1 - tail, axis=0, method="higher"))
+
+    def spread(self) -> float:
+        """The typical relative distance of a loss from the law: the standard deviation of the residuals, with a degree
+        of freedom less for each coefficient. nan where as many points as coefficients leave none."""
+        free = len(self.points) - len(self.fit.theta)
+        return float(np.sqrt(np.sum(self.fit.residuals**2) / free)) if free > 0 else float("nan")
+
+
+def study(points: Points, repetitions: int = 1000, by: str = "runs", seed: int = 0) -> Study:
+    """Fits the dense law to the points, and resamples it `repetitions` times `by` runs or residuals."""
+    curves = parabolas(points)
+    try:
+        fitted = fit(points)
+        sample = bootstrap(fitted, repetitions, by=by, seed=seed)
+    except ValueError as error:
+        return Study(points, parabolas=curves, refused=str(error))
+    try:
+        held, unheld = holdout(points), ""
+    except ValueError as error:
+        held, unheld = None, str(error)
+    return Study(points, fitted, sample, held, curves, unheld=unheld)
+
+
+def compared(studies: Mapping[str, Study], reference: str, count: int | None = None) -> dict[str, Multiplier]:
+    """Compute multipliers over the reference of all others that have a fit, at `count` losses over the range that both
+    reached (by default those of `multiplier`)."""
+    found = {}
+    for name, one in studies.items():
+        if name != reference and one.fit and studies[reference].fit:
+            found[name] = multiplier(one.sample, studies[reference].sample)
+            if count and len(found[name].losses):
+                losses = np.linspace(*found[name].losses[[0, -1]], count)
+                found[name] = multiplier(one.sample, studies[reference].sample, losses)
+    return found
+
+
+def coefficients(one: Study) -> list[dict]:
+    """A row for each coefficient of a law, and for the exponents a and b of N_opt ~ C^a and D_opt ~ C^b: its value and
+    the resampled interval and standard error."""
+    rows = [{"value": value, "low": low, "high": high, "standard_error": error}
+            for value, (low, high), error in _natural(one)]
+    return [{"architecture": one.points.name, "coefficient": name} | row
+            for name, row in zip((*one.fit.law.names, "a", "b"), rows)]
+
+
+def allocations(one: Study, budgets: Sequence[float] = ()) -> list[dict]:
+    """Optimal N, D and loss with intervals for each budget: by default four over the compute of the runs and two beyond
+    it, the last ten times their largest."""
+    least, most = one.points.C.min(), one.points.C.max()
+    C = np.array(budgets or [*np.geomspace(least, most, 4), most * AHEAD**0.5, most * AHEAD])
+    N, D, loss = optimum(one.fit.theta, C)
+    low, high = one.band(lambda theta: np.stack(optimum(theta, C), -1))
+    return [{"architecture": one.points.name, "FLOPs": C[i], "N": N[i], "N_low": low[i, 0], "N_high": high[i, 0],
+             "D": D[i], "D_low": low[i, 1], "D_high": high[i, 1], "tokens_per_parameter": D[i] / N[i],
+             "loss": loss[i], "loss_low": low[i, 2], "loss_high": high[i, 2],
+             "extrapolated": bool(C[i] > most * (1 + 1e-9) or C[i] < least * (1 - 1e-9))} for i in range(len(C))]
+
+
+def by_approach(one: Study) -> list[dict]:
+    """The exponent a of N_opt ~ C^a by approach 3, the fitted law, and for comparison by 1, the envelope of all runs, and
+    2, the minima of isoFLOP parabolas (Hoffmann et al. 2022, arXiv:2203.15556)."""
+    rows = []
+    if one.fit:
+        rows += [row | {"approach": "3: fitted law"} for row in coefficients(one) if row["coefficient"] == "a"]
+    for approach, of in (("2: isoFLOP minima", lambda: power_laws(one.parabolas)[0]),
+                         ("1: envelope", lambda: envelope(one.points).N_law)):
+        try:
+            law = of()
+            rows.append({"value": law.exponent, "low": law.low, "high": law.high, "approach": approach})
+        except ValueError:
+            pass  # too few minima, or too few runs on the envelope: then there is no such row
+    return [{"architecture": one.points.name} | row for row in rows]
+
+
+def by_convention(points: Points) -> dict[str, float | None]:
+    """The exponent a of N_opt ~ C^a by each way of counting N that the table has (its columns "N:..."); None where no
+    law can be fitted to it."""
+    found = {}
+    for column in points.more:
+        if column.startswith("N:"):
+            try:
+                found[column[2:]] = float(exponents(fit(replace(points, N=points.more[column])).theta)[0])
+            except ValueError:
+                found[column[2:]] = None
+    return found
+
+
+def _natural(one: Study):
+    everything = lambda theta: np.stack([*one.fit.law.natural(theta).values(), *exponents(theta)], -1)
+    values, (low, high) = everything(one.fit.theta), one.band(everything)
+    errors = np.nanstd(everything(one.sample.thetas), axis=0, ddof=1)
+    return zip(values, zip(low, high), errors)
