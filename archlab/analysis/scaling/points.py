@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import shorten
 from typing import NamedTuple
 
 import numpy as np
@@ -183,7 +184,8 @@ def _read(path: Path, convention: str, loss: str, rows: list, excluded: list, sp
 
 def _columns(path: Path, header: list[str], convention: str, loss: str) -> tuple[dict[str, str | None], str]:
     """Which (lower-case) column holds what, and how N is counted; ValueError where they are not there."""
-    columns, there = [name.lower() for name in header], f"it has {', '.join(header) or 'no columns'}"
+    columns = [name.lower() for name in header]
+    there = f"it has {shorten(', '.join(header), 500) or 'no columns'}"
     source = {key: next((name for name in names if name in columns), None) for key, names in NAMES.items()}
     source["loss"] = loss.lower()
     if source["loss"] not in columns:

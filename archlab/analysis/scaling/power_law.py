@@ -6,8 +6,6 @@ from typing import NamedTuple
 import numpy as np
 from scipy.stats import t
 
-LEVEL = 0.95
-
 
 class PowerLaw(NamedTuple):
     """y = factor x^exponent. low, high: the exponent's 95% interval (Student's t; nan for two points, which leave
@@ -37,5 +35,5 @@ def power_law(x: np.ndarray, y: np.ndarray) -> PowerLaw:
     if not free:
         return PowerLaw(factor, float(exponent), math.nan, math.nan)
     scatter = y - y.mean() - exponent * away
-    half = t.ppf((1 + LEVEL) / 2, free) * math.sqrt((scatter**2).sum() / free / (away**2).sum())
+    half = t.ppf(0.975, free) * math.sqrt((scatter**2).sum() / free / (away**2).sum())
     return PowerLaw(factor, float(exponent), float(exponent - half), float(exponent + half))
