@@ -180,11 +180,11 @@ def _names(a: "Sample", b: "Sample") -> tuple[str, str]:
 
 def _asked(values, first: float, last: float, spaced, what: str, reached: str) -> np.ndarray | None:
     """The losses or budgets to compare at, compute growing; None where there is no range in common."""
-    least, most = sorted((first, last))
+    down = what == "losses"  # they fall as compute grows
+    least, most = (last, first) if down else (first, last)
     if values is None:
-        growing = first > last if what == "losses" else first < last
-        return spaced(first, last, ASKED) if growing else None
-    values = np.sort(np.atleast_1d(np.asarray(values, np.float64)))[:: -1 if what == "losses" else 1]
+        return spaced(first, last, ASKED) if least < most else None
+    values = np.sort(np.atleast_1d(np.asarray(values, np.float64)))[:: -1 if down else 1]
     out = ~((values >= least * (1 - 1e-9)) & (values <= most * (1 + 1e-9)))
     if out.any():
         raise ValueError(f"{what} = {values[out]}: not reached by both, {reached}")

@@ -132,6 +132,8 @@ def test_what_not_both_reached_is_not_compared():
     assert len(found.ratio) == 0 and found.verdicts == ()
     assert "reached no loss in common (a from 7.55" in found.verdict
     assert "no range of compute in common (a from 1e+15 to 1e+16" in gap(a, b).verdict
+    with pytest.raises(ValueError, match="losses = .4..: not reached by both"):
+        multiplier(a, b, 4)  # between what one reached and what the other did
     b = sample("b", BESIROGLU)
     with pytest.raises(ValueError, match=r"losses = \[1.9\]: not reached by both"):
         multiplier(b, b, [2.5, 1.9])

@@ -24,6 +24,14 @@ def test_a_law_without_noise_is_foretold(grouped):
     assert found.mean_error < 1e-6
 
 
+def test_without_budgets_a_tenth_of_the_runs_is_left_out():
+    rng = np.random.default_rng(0)
+    N, D = np.exp(rng.uniform(np.log(1e7), np.log(1e9), 60)), np.exp(rng.uniform(np.log(1e8), np.log(1e11), 60))
+    points = Points("a", N, D, DENSE.predict(LAW, Points("a", N, D, N)))
+    found = holdout(points)
+    assert len(found.left_out) == 6 and found.left_out.C.min() > found.fit.points.C.max()
+
+
 def test_errors_have_the_sign_of_what_was_predicted_too_high():
     points = grid()
     points.loss[-5:] *= [0.9, 0.9, 0.9, 0.9, 1.2]
@@ -34,7 +42,7 @@ def test_errors_have_the_sign_of_what_was_predicted_too_high():
 
 
 def test_too_little_to_fit_is_refused():
-    with pytest.raises(ValueError, match="mamba: without the 5 runs of the largest budget .1e.19 FLOPs. 0 remain"):
+    with pytest.raises(ValueError, match="mamba: without the 5 runs of the most compute .1e.19 FLOPs. 0 remain"):
         holdout(grid([1e19]))
     with pytest.raises(ValueError, match="without the 5 runs .* 3 remain, too little for a law"):
         holdout(grid().take([0, 1, 2, 10, 11, 12, 13, 14]))
