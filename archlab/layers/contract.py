@@ -150,12 +150,19 @@ class Place(NamedTuple):
     """Where in the network a layer is built, for its sizes and for initialisers that depend on depth.
 
     width: D. index: the number of the residual branch, from 0 (may be traced under `Repeat`). depth: how many residual
-    branches the whole network runs through.
+    branches the whole network runs through. spread: among how many of them initialisers divide what is added to the
+    stream; None for all.
     """
 
     width: int
     index: Any = 0
     depth: int = 1
+    spread: int | None = None
+
+    @property
+    def sharers(self) -> int:
+        """Among how many branches initialisers divide what is added to the stream: `spread`, or all."""
+        return max(self.depth if self.spread is None else self.spread, 1)
 
 
 class Layer(nnx.Module):

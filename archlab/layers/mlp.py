@@ -107,4 +107,4 @@ def add_bias(x: jax.Array, bias: nnx.Param | None) -> jax.Array:
 
 def residual_scale(at: Place):
     """Shrinks what is added to the residual stream by sqrt(depth) (GPT-2): its variance is then free of the depth."""
-    return max(at.depth, 1) ** -0.5
+    return at.sharers**-0.5

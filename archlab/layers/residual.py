@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from archlab.layers.alphabet import parameters_of
 from archlab.layers.config import LayerConfig, require
 from archlab.layers.contract import Layer, Place, Tokens
 from archlab.layers.norms import RMSNorm
@@ -14,7 +15,8 @@ class Residual(LayerConfig):
 
     Pre-norm: `before` (the default). Post-norm (Vaswani et al. 2017): before=None, outer=LayerNorm(). Sandwich
     (CogView, arXiv:2105.13290; Gemma 2): before and after. dropout: the share of the branch's channels dropped in the
-    training form.
+    training form. rate: the learning rate of all parameters of the branch, as a multiple of their own. spread: among
+    how many branches initialisers divide what is added to the stream; None for all. (training/transfer.py sets these.)
     """
 
     layer: LayerConfig
@@ -23,9 +25,13 @@ class Residual(LayerConfig):
     outer: LayerConfig | None = None
     scale: float = 1.0
     dropout: float = 0.0
+    rate: float = 1.0
+    spread: int | None = None
 
     def __post_init__(self):
         require(0 <= self.dropout < 1, self, "dropout", "must lie in [0, 1)")
+        require(self.rate >= 0, self, "rate", "must be 0 or more")
+        require(self.spread is None or self.spread >= 1, self, "spread", "must be at least 1, or None for all branches")
 
     @property
     def branches(self) -> int:
@@ -37,10 +43,13 @@ class Residual(LayerConfig):
 
 class ResidualModule(Layer):
     def __init__(self, config: Residual, rngs: nnx.Rngs, at: Place):
+        at = at if config.spread is None else at._replace(spread=config.spread)
         norm = lambda c: None if c is None else c.build(rngs, at)
         self.before, self.after, self.outer = norm(config.before), norm(config.after), norm(config.outer)
         self.layer = config.layer.build(rngs, at)
         self.scale, self.dropout = config.scale, config.dropout
+        for weight in parameters_of(self).values() if config.rate != 1 else ():
+            weight.set_metadata(rate=config.rate * weight.rate)
 
     def init_state(self, batch, max_length, dtype=jnp.float32, memory=None):
         return self.layer.init_state(batch, max_length, dtype, memory)

@@ -92,7 +92,7 @@ class MambaModule(Layer):
         rates = lambda key, shape, dtype: jnp.broadcast_to(jnp.log(jnp.arange(1, N + 1, dtype=dtype)), shape)
         self.A_log = parameter(rngs, "->FN", (F, N), rates)
         self.skip = parameter(rngs, "->F", (F,), nnx.initializers.ones)
-        self.out = parameter(rngs, "F->D", (F, D), uniform((F * max(at.depth, 1)) ** -0.5))
+        self.out = parameter(rngs, "F->D", (F, D), uniform((F * at.sharers) ** -0.5))
         inner = config.inner_norm
         self.norms = nnx.List([inner.build(rngs, Place(n), ".") for n in (R, N, N)] if inner else [])
 

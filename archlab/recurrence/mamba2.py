@@ -93,7 +93,7 @@ class Mamba2Module(Layer):
         self.A_log = parameter(rngs, "->H", (H,), rates)
         self.skip = parameter(rngs, "->H", (H,), nnx.initializers.ones)
         self.norm = NormModule(RMSNorm(config.eps), rngs, (config.groups, F // config.groups), "->GF")
-        self.out = parameter(rngs, "F->D", (F, D), uniform((F * max(at.depth, 1)) ** -0.5))
+        self.out = parameter(rngs, "F->D", (F, D), uniform((F * at.sharers) ** -0.5))
         self.out_bias = bias("->D", D)
 
     def init_state(self, batch, max_length, dtype=jnp.float32, memory=None):

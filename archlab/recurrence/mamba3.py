@@ -101,7 +101,7 @@ class Mamba3Module(Layer):
         self.skip = parameter(rngs, "->H", (H,), ones)
         given = lambda n: parameter(rngs, "->H.K", (H, R, P), nnx.initializers.constant(n), decay=True)
         self.spread, self.spread_gate, self.gather = map(given, (1 / R, 1.0, 1 / R)) if R > 1 else (None,) * 3
-        self.out = parameter(rngs, "HK->D", (H, P, D), uniform(H * P * max(at.depth, 1)))
+        self.out = parameter(rngs, "HK->D", (H, P, D), uniform(H * P * at.sharers))
 
     def init_state(self, batch, max_length, dtype=jnp.float32, memory=None):
         (H, R, N), P = self.key_bias.shape, self.config.head_size

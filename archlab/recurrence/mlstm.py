@@ -163,4 +163,4 @@ def forget_bias(key, shape, dtype):
 
 def wang(at: Place, branches: int = 1):
     """What leads back to the stream: standard deviation 2 / (blocks sqrt(D)), of blocks of so many branches."""
-    return nnx.initializers.normal(2 * branches / (max(at.depth, 1) * at.width**0.5))
+    return nnx.initializers.normal(2 * branches / (at.sharers * at.width**0.5))

@@ -9,7 +9,9 @@ import optax
 
 from archlab.layers.alphabet import is_matrix
 from archlab.layers.config import Config, near, require
+from archlab.model import LanguageModel
 from archlab.training.factored import matrix_axes, scale_by_factored_rms
+from archlab.training.transfer import rates as transfer_rates
 
 NAMES = ("adamw", "muon", "adafactor")
 SCHEDULES = ("cosine", "wsd", "constant")
@@ -25,6 +27,9 @@ class Optimizer(Config):
     floor: where it ends, as a share of the peak.
     weight_decay: per step and unit of learning rate, for parameters that say they decay. clip: largest global norm
       of the gradient, 0 for any. b1, b2: of the moments (Muon's momentum is 0.95; Adafactor's b2 follows the step).
+    base: the model at which learning_rate was tuned; None for the one that is trained. Where a parameter sums over more
+      inputs than there its updates shrink, but not its decay (`training/transfer.py`; the trained model is to come from
+      `transfer(model, base)`).
     """
 
     name: str = "adamw"
@@ -37,6 +42,7 @@ class Optimizer(Config):
     clip: float = 1.0
     b1: float = 0.9
     b2: float = 0.95
+    base: LanguageModel | None = None
 
     def __post_init__(self):
         require(self.name in NAMES, self, "name", near(str(self.name), NAMES))
@@ -89,13 +95,19 @@ class Optimizer(Config):
             direction = optax.chain(scale_by_factored_rms(letters), optax.ema(self.b1, debias=False))
         else:
             direction = optax.partition({"matrix": _muon(letters), "other": adam}, muon_labels(letters))
+        if self.base is not None:  # before decay is added: decay per step is that of the base
+            direction = optax.chain(direction, _times(transfer_rates(parameters, self.base, self.name)))
         return optax.chain(
             optax.clip_by_global_norm(self.clip) if self.clip else optax.identity(),
             direction,
             optax.add_decayed_weights(self.weight_decay, decays),
-            optax.stateless(lambda updates, _: {path: rates[path] * update for path, update in updates.items()}),
+            _times(rates),
             optax.scale(-1),
         )
+
+
+def _times(factors: dict[str, float]) -> optax.GradientTransformation:
+    return optax.stateless(lambda updates, _: {path: factors[path] * update for path, update in updates.items()})
 
 
 def muon_labels(letters: dict[str, str]) -> dict[str, str]:
