@@ -8,14 +8,11 @@ log E, alpha, beta), and results have theta's leading axes, then those of the co
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from archlab.analysis.scaling.bootstrap import Sample
 from archlab.analysis.scaling.laws import DENSE
-
-if TYPE_CHECKING:
-    from archlab.analysis.scaling.bootstrap import Sample
 
 LEVEL = 0.95
 ASKED = 5  # losses, or budgets, over the common range where none are given
@@ -120,7 +117,7 @@ class Gap(Comparison):
         return f"{budget:.3g} FLOPs"
 
 
-def multiplier(a: "Sample", b: "Sample", losses: Sequence[float] | None = None) -> Multiplier:
+def multiplier(a: Sample, b: Sample, losses: Sequence[float] | None = None) -> Multiplier:
     """The compute of `a` over that of `b` at equal loss on their frontiers.
 
     losses: where to compare; by default five over the range that both reached, which is what their frontiers give
@@ -141,7 +138,7 @@ def multiplier(a: "Sample", b: "Sample", losses: Sequence[float] | None = None) 
     return Multiplier(*names, losses, ratio, *_interval(drawn, 0))
 
 
-def gap(a: "Sample", b: "Sample", budgets: Sequence[float] | None = None) -> Gap:
+def gap(a: Sample, b: Sample, budgets: Sequence[float] | None = None) -> Gap:
     """The loss of `a` less that of `b` on their frontiers at equal compute.
 
     budgets: FLOPs; by default five over the range in which both have runs. Otherwise as `multiplier`.
@@ -170,7 +167,7 @@ def _log_K(a, b, alpha, beta) -> np.ndarray:
     return (beta * a + alpha * b - alpha * np.log(alpha / beta)) / (alpha + beta) + np.log1p(alpha / beta)
 
 
-def _names(a: "Sample", b: "Sample") -> tuple[str, str]:
+def _names(a: Sample, b: Sample) -> tuple[str, str]:
     for sample in (a, b):
         if sample.fit.law != DENSE:
             raise ValueError(f"{sample.fit.points.name}: fitted by the law {sample.fit.law.name!r}; a frontier over N "
@@ -191,7 +188,7 @@ def _asked(values, first: float, last: float, spaced, what: str, reached: str) -
     return values
 
 
-def _paired(a: "Sample", b: "Sample") -> list[np.ndarray]:
+def _paired(a: Sample, b: Sample) -> list[np.ndarray]:
     """As many resampled laws of each, so ordered that no draw of one goes with the same draw of the other."""
     count = min(len(a.thetas), len(b.thetas))
     return [a.thetas[:count], np.random.default_rng(0).permutation(b.thetas[:count])]

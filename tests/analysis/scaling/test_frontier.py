@@ -5,6 +5,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from archlab.analysis.scaling.bootstrap import bootstrap
+from archlab.analysis.scaling.fit import fit
 from archlab.analysis.scaling.frontier import compute_for, exponents, gap, multiplier, optimum
 from archlab.analysis.scaling.laws import DENSE, FINE_GRAINED
 from archlab.analysis.scaling.points import Points
@@ -82,6 +84,20 @@ def test_a_law_that_needs_less_compute_is_told_so_at_every_loss():
     low, high = found.low[-1], found.high[-1]
     said = f"mamba needs 0.62 x the compute of transformer ({low:.2f} to {high:.2f})"
     assert found.verdicts[-1] == said and found.verdict == f"{said} at loss {found.losses[-1]:.4g}"
+
+
+def test_from_noisy_runs_to_a_multiplier():
+    rng, budgets, found = np.random.default_rng(0), np.geomspace(1e18, 1e21, 4), {}
+    for name, theta in {"a": cheaper(BESIROGLU, 0.8), "b": BESIROGLU}.items():
+        N, C = (optimum(theta, budgets)[0] * np.geomspace(1 / 5, 5, 6)[:, None]).ravel(), np.tile(budgets, 6)
+        loss = DENSE.predict(theta, Points(name, N, C / 6 / N, N)) * np.exp(0.003 * rng.normal(size=24))
+        found[name] = bootstrap(fit(Points(name, N, C / 6 / N, loss), starts=10), 100)
+    said = multiplier(found["a"], found["b"])
+    middle = slice(1, 4)  # the ends of the range are known less well
+    assert (said.low[middle] < 0.8).all() and (0.8 < said.high[middle]).all() and (said.high[middle] < 1).all()
+    difference = optimum(cheaper(BESIROGLU, 0.8), 1e20)[2] - optimum(BESIROGLU, 1e20)[2]
+    beside = gap(found["a"], found["b"], [1e20])
+    assert beside.low[0] < difference < beside.high[0] < 0
 
 
 def test_the_interval_is_that_of_independent_draws():
