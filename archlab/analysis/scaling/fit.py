@@ -1,4 +1,4 @@
-"""Fits of a law to runs: `fit`, by Huber's loss from many starts, and `variable_projection`, another way to the same law.
+"""Fits of a law to runs: by Huber's loss from many starts, and by variable projection, another way to the same law.
 
 The published recipe minimises the SUM over runs of Huber's loss (1e-3) of log L - log loss by L-BFGS from a grid of
 starts (Hoffmann et al. 2022, arXiv:2203.15556, section 3.3). Averaged instead of summed, the loss and its gradient are
@@ -105,7 +105,8 @@ def variable_projection(points: Points) -> Fit:
     middle = np.array([N.mean(), D.mean()])
 
     def projected(exponents):
-        powers = [np.exp(-exponents[0] * (N - middle[0])), np.exp(-exponents[1] * (D - middle[1])), np.ones(len(points))]
+        alpha, beta = exponents
+        powers = [np.exp(alpha * (middle[0] - N)), np.exp(beta * (middle[1] - D)), np.ones(len(points))]
         weighed = np.stack(powers, -1) / points.loss[:, None]
         factors, _ = nnls(weighed, np.ones(len(points)))
         return factors, weighed @ factors - 1
@@ -139,8 +140,8 @@ def check(points: Points, law: Law) -> None:
             raise ValueError(f"{points.name}: {name} = {values[wrong[0]]} in {points.labels[wrong[0]]}: must be finite "
                              f"and above 0 ({wrong.size} of {len(points)} runs are not; leave them out)")
     if len(points) < len(law.names):
-        raise ValueError(f"{about} has {len(law.names)} coefficients and there are {len(points)} runs: must be at least "
-                         f"{len(law.names)}, better twice as many")
+        raise ValueError(f"{about} has {len(law.names)} coefficients and there are {len(points)} runs: must be "
+                         f"at least {len(law.names)}, better twice as many")
     sizes, tokens = np.log(law.sizes(points)), np.log(points.D)
     for name, values, exponent in (("sizes", sizes, "N's"), ("numbers of tokens", tokens, "D's")):
         different = _different(values)
@@ -149,11 +150,11 @@ def check(points: Points, law: Law) -> None:
                              f"through any two, so {exponent} exponent cannot be told")
     for name in law.needs:
         if name not in ("N_once", "N_recurring") and np.ptp(points.more[name]) == 0:
-            raise ValueError(f"{about} on {name} = {points.more[name][0]:g} alone: must vary, or its exponents cannot be "
-                             "told; fit the dense law")
+            raise ValueError(f"{about} on {name} = {points.more[name][0]:g} alone: must vary, or its exponents cannot "
+                             "be told; fit the dense law")
     if abs(np.corrcoef(sizes, tokens)[0, 1]) > 1 - 1e-9:
-        raise ValueError(f"{about} on tokens that follow from the size (D = c N^k in every run): must vary on their own, "
-                         "or N's and D's terms cannot be told apart; train some sizes longer or shorter")
+        raise ValueError(f"{about} on tokens that follow from the size (D = c N^k in every run): must vary on "
+                         "their own, or N's and D's terms cannot be told apart; train some sizes longer or shorter")
 
 
 def _different(values: np.ndarray) -> int:

@@ -1,10 +1,9 @@
 """The objective of a fit, and Newton's method for many fits of one law at once.
 
-The objective is the SUM over runs of Huber's loss of log L - log loss: quadratic up to DELTA, where most runs of a clean
-sweep are not, and linear beyond. Most residuals lie on the linear side, so curvature comes from the few inside and
-from the law itself. Newton's step uses both; where that is no bowl, it is led back to reweighted least squares, which
-always descends. A step is measured in that metric, so that the coefficients' units and their correlation (A with
-alpha) do not matter.
+The objective is the SUM over runs of Huber's loss of log L - log loss: quadratic up to DELTA and linear beyond, where
+most runs of a real sweep lie. So curvature comes from the few inside and from the law itself, and Newton's step uses
+both. It is measured in the metric of reweighted least squares, so that the coefficients' units and their correlation
+(A with alpha) do not matter, and damped by it where the objective is no bowl: a short enough step always descends.
 """
 
 import numpy as np
@@ -18,7 +17,10 @@ BLOCK = 200  # fits at once: more no longer fit a processor's cache
 
 
 def objective(theta: np.ndarray, law: Law, points: Points) -> tuple[np.ndarray, np.ndarray]:
-    """Huber's loss of log L - log loss, summed over the runs, and its gradient: of theta [..., P], [...] and [..., P]."""
+    """Huber's loss of log L - log loss, summed over the runs, and its gradient.
+
+    Of theta [..., P], they are [...] and [..., P].
+    """
     return objective_of(law.at(points), np.log(points.loss))(np.asarray(theta, np.float64))
 
 
