@@ -6,8 +6,10 @@ Conventions. A multiply-add is two operations. Forward FLOPs are those of the pr
 embedding's look-up free: causal attention costs about half of a full score matrix (what its blocks compute), experts
 cost what is routed to them. The training step is three forward passes of the training form (the backward pass does
 every product twice; capacity and routing as in training), and recomputation is not counted: model FLOPs, not hardware
-FLOPs. For a dense model at a short context this is the familiar 6N a token, with N the active parameters less the
-look-up table. Decoding is one token at the end of a full context.
+FLOPs. Where a layer has one form for rows of one document and another for packed ones, the dearer counts (long
+convolutions), and a loop over further documents as one turn (sparse attention). For a dense model at a short context
+this is the familiar 6N a token, with N the active parameters less the look-up table. Decoding is one token at the end
+of a full context.
 """
 
 import dataclasses

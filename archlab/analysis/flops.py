@@ -30,8 +30,8 @@ MOVES = set("""
 class Flops:
     """Floating-point operations. A multiply-add is two.
 
-    matmul: of matrix products and convolutions. elementwise: of everything else, one for each element, whether it is an
-    addition, an exponential or a term of a sum. They are ordered by their total.
+    matmul: of matrix products, convolutions and triangular systems. elementwise: of everything else, one for each
+    element, whether it is an addition, an exponential or a term of a sum. They are ordered by their total.
     """
 
     matmul: float = 0
@@ -77,6 +77,8 @@ def _operation(eqn, cond) -> Flops:
         operand = eqn.invars[0].aval
         wide = 4 if jnp.issubdtype(operand.dtype, jnp.complexfloating) else 1  # a complex product is four real ones
         return Flops(matmul=2 * wide * _products(name, params, eqn))
+    if name == "triangular_solve":  # n^2 for each right-hand side
+        return Flops(matmul=eqn.invars[0].aval.shape[-1] * eqn.invars[1].aval.size)
     if name.startswith("scatter"):  # its jaxpr says how one element is combined
         adds = name != "scatter" and _is_float(eqn.outvars[0].aval)
         return Flops(elementwise=eqn.invars[2].aval.size if adds else 0)

@@ -90,6 +90,12 @@ def test_ragged_products_count_rows_and_not_groups():
     assert count(custom, f32(rows, d), f32(groups, d, f), sizes).matmul == once
 
 
+def test_a_triangular_system_counts_a_square_for_each_right_hand_side():
+    for left, b in ((True, f32(3, 4, 6)), (False, f32(3, 6, 4))):
+        solve = lambda a, b, left=left: jax.lax.linalg.triangular_solve(a, b, left_side=left, lower=True)
+        assert count(solve, f32(3, 4, 4), b).matmul == 3 * 4 * 4 * 6
+
+
 def test_convolutions():
     conv = lambda x, w, groups: jax.lax.conv_general_dilated(x, w, (1,), "VALID", feature_group_count=groups)
     assert count(lambda x, w: conv(x, w, 1), f32(2, 6, 20), f32(8, 6, 3)).matmul == 2 * (2 * 8 * 18) * (6 * 3)
