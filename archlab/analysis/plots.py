@@ -23,6 +23,7 @@ from archlab.analysis.accounts import short
 
 COLOURS = ("#3f6fd8", "#dd7a32", "#2c9c72", "#8b5fd3", "#cf4a63", "#2499b3", "#b08a22", "#77808c", "#a4562f", "#5c8a2e")
 INK, MUTED, LINE, PAPER, HOT = "#24292f", "#6b7480", "#dfe3e8", "#fefefe", "#3f6fd9"
+LONGEST = 28  # letters of a name beside a curve, which would leave no room for the curve
 PAGE_COLOURS = {INK: "ink", MUTED: "muted", LINE: "line", PAPER: "paper"}  # names of CSS variables
 STYLE = {
     "figure.figsize": (5.6, 3.7), "figure.dpi": 160, "figure.facecolor": PAPER, "savefig.facecolor": PAPER,
@@ -234,7 +235,8 @@ def name_ends(ax: Axes, ends: Mapping[str, float], colours: Mapping[str, str], g
         heights[i] = min(heights[i], ceiling)
         ceiling = heights[i] - gap
     for h, (_, name) in zip(heights, at):
-        ax.text(1.02, h, name, transform=ax.transAxes, color=colours[name], va="center", fontsize=9)
+        name_shown = name if len(name) <= LONGEST else f"{name[:LONGEST - 1]}…"
+        ax.text(1.02, h, name_shown, transform=ax.transAxes, color=colours[name], va="center", fontsize=9)
 
 
 def _told(name: str, x_label: str, x: float, y_label: str, y: float) -> str:

@@ -150,3 +150,19 @@ def test_a_curve_may_end_in_nan():
     figure = plots.lines({"a": [(x, y)], "b": [(x, y * np.nan)]}, plots.palette("ab"), "t", "x", "y")
     (line,) = figure.axes[0].lines
     assert np.isfinite(line.get_ydata()).all() and np.isfinite(figure.axes[0].get_ylim()).all()
+
+
+def test_dots_tell_what_they_are_in_a_page_alone(tmp_path):
+    figure, ax = plots.axes("t", "x", "y", "")
+    plots.dots(ax, [1, 2, 3], [1, 4, 9], "#3f6fd8", ["first\nrun", HOSTILE, "#24292f"], marker="*", hollow=True)
+    report = Report("x")
+    report.figures([(figure, "")])
+    text = report.html()
+    reader = read(text)
+    assert [words for words in reader.words if words in ("first\nrun", HOSTILE, "#24292f")] == [
+        "first\nrun", HOSTILE, "#24292f"]  # each once, in order, and not taken for a colour of the figure
+    assert text.count("<title>") == 4 and "<img" not in text
+    assert len(re.findall(r'<g id="figure-1-dot-\d"><title>', text)) == 3
+    assert "<title>" not in plots.save(figure, tmp_path / "f.svg").read_text().replace("<title>Matplotlib", "")
+    with pytest.raises(ValueError):
+        plots.dots(ax, [1, 2], [1, 2], "#3f6fd8", ["one label for two"])

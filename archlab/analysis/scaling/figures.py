@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from archlab.analysis import plots
 from archlab.analysis.accounts import short
@@ -37,6 +38,8 @@ def told(points: Points, further: Sequence[str] = ()) -> list[str]:
 def loss_for_compute(studies: Mapping[str, Study], colours: Mapping[str, str], loss: str) -> Figure:
     """Loss against training FLOPs: the runs, and the least loss that each law expects of that compute."""
     fig, ax = plots.axes("Loss for compute", "training FLOPs", loss, "x")
+    C = np.concatenate([study.points.C for study in studies.values()])
+    ax.set_xlim(C.min() / 1.4, C.max() * (AHEAD if any(study.fit for study in studies.values()) else 1) * 1.4)
     ends = {}
     for name, study in studies.items():
         plots.dots(ax, study.points.C, study.points.loss, colours[name], told(study.points), size=4.6, alpha=0.6)
@@ -63,9 +66,10 @@ def optimal(studies: Mapping[str, Study], colours: Mapping[str, str], which: int
 
 
 @plots.styled
-def isoflop(study: Study, colour: str, loss: str) -> Figure:
+def isoflop(study: Study, colour: str, loss: str, limits: tuple[float, float]) -> Figure:
     """Loss against N at equal compute: a parabola per budget in log N, its minimum starred, hollow where it lies
-    outside of the sizes that were run."""
+    outside of the sizes that were run. limits: the least and the largest loss of all such figures of a page, which
+    share their axis."""
     fig, ax = plots.axes(study.points.name, "parameters, N", loss, "x")
     tones, points, ends = shades(colour, len(study.parabolas)), study.points, {}
     least, most = points.N.min() / 2, points.N.max() * 2
@@ -81,6 +85,8 @@ def isoflop(study: Study, colour: str, loss: str) -> Figure:
             plots.dots(ax, [p.N_opt], [p.loss_opt], tone, [words if p.inside else f"{words}\noutside of the runs"],
                        marker="*", size=11, hollow=not p.inside, zorder=4)
         ends[flops(p.budget)] = float(mine.loss[np.argmax(mine.N)])
+    room = 0.06 * (limits[1] - limits[0])
+    ax.set_ylim(limits[0] - room, limits[1] + room)
     return _finish(fig, ax, "x", ends, dict(zip(ends, tones)))
 
 
@@ -91,10 +97,8 @@ def residuals(studies: Mapping[str, Study], colours: Mapping[str, str], against:
     labels = {"N": "parameters, N", "D": "tokens, D", "C": "training FLOPs"}
     fig, ax = plots.axes(f"Residuals by {against}", labels[against], "loss above the law, %", "x")
     ax.axhline(0, color=plots.MUTED, linewidth=1)
-    ends = {}
-    for name, study in studies.items():
-        if not study.fit:
-            continue
+    fitted = {name: study for name, study in studies.items() if study.fit}
+    for name, study in fitted.items():
         x, above = getattr(study.points, against), 100 * np.expm1(study.fit.residuals)
         words = told(study.points, [f"{value:+.2f}% from the law" for value in above])
         plots.dots(ax, x, above, colours[name], words, size=4.6, alpha=0.7)
@@ -102,8 +106,7 @@ def residuals(studies: Mapping[str, Study], colours: Mapping[str, str], against:
         if len(groups) <= len(x) / 2:
             ax.plot([np.exp(np.log(x[g]).mean()) for g in groups], [above[g].mean() for g in groups],
                     color=colours[name], linewidth=1.3)
-        ends[name] = float(above[np.argmax(x)])
-    return _finish(fig, ax, "x", ends, colours)
+    return _finish(fig, ax, "x", dict.fromkeys(fitted, ax.get_ylim()[1]), colours)
 
 
 @plots.styled
@@ -121,13 +124,16 @@ def multipliers(found: Mapping[str, Multiplier], colours: Mapping[str, str], ref
         ax.plot(m.losses, np.clip(m.ratio, least, most), color=colours[name])
         ends[name] = float(np.clip(m.ratio[-1], least, most))
     ax.invert_xaxis()
-    return _finish(fig, ax, "y", ends, colours)
+    _finish(fig, ax, "y", ends, colours)
+    if most < 20 * least:
+        ax.yaxis.set_major_locator(MaxNLocator(6, steps=(1, 2, 2.5, 5, 10)))
+    return fig
 
 
 def shades(colour: str, count: int) -> list[str]:
     """`count` tones of a colour, from light to dark, all of them legible on white and on black."""
     hue, light, saturation = colorsys.rgb_to_hls(*to_rgb(colour))
-    top, bottom = min(0.78, light + 0.22), max(0.3, light - 0.16)
+    top, bottom = min(0.76, light + 0.2), max(0.36, light - 0.07)
     return [to_hex(colorsys.hls_to_rgb(hue, at, saturation)) for at in np.linspace(top, bottom, max(count, 1))]
 
 

@@ -8,6 +8,8 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from archlab.analysis import plots
 from archlab.analysis.accounts import short
 from archlab.analysis.report import Report
@@ -17,7 +19,7 @@ from archlab.analysis.scaling.laws import DENSE
 from archlab.analysis.scaling.points import Reading
 from archlab.analysis.scaling.study import (AHEAD, Study, allocations, by_approach, by_convention, coefficients,
                                             compared, study)
-from archlab.analysis.scaling.words import caveats, headline
+from archlab.analysis.scaling.words import caveats, flops, headline
 from archlab.layers.config import near
 
 COEFFICIENTS = ("architecture", "coefficient", "value", "low", "high", "standard_error")
@@ -27,8 +29,8 @@ NAMES = (*DENSE.names, "a", "b")
 
 
 def write_page(out: Path, reading: Reading, settings: Mapping[str, object], command: str = "", loss: str = "loss",
-               reference: str | None = None, repetitions: int = 1000, by: str = "runs") -> Path:
-    """Fits every architecture's law and writes scaling.html, its figures as PNG, fits.csv and multipliers.csv into `out`.
+               reference: str | None = None, repetitions: int = 1000, by: str = "residuals") -> Path:
+    """Fits every architecture's law and writes scaling.html, its figures as PNG, fits.csv and multipliers.csv to `out`.
 
     An architecture that no law can be fitted to is shown with the reason. Returns the page's path.
 
@@ -47,7 +49,8 @@ def write_page(out: Path, reading: Reading, settings: Mapping[str, object], comm
     for file, (figure, _) in drawn.items():
         plots.save(figure, out / f"{file}.png")
     runs = sum(map(len, reading.points.values()))
-    page = Report("Scaling laws", f"{', '.join(studies)}: {runs} runs, by the convention `{reading.about['convention']}`")
+    convention = reading.about["convention"]
+    page = Report("Scaling laws", f"{', '.join(studies)}: {runs} runs; N and C: {convention}")
     colours = plots.palette(studies)
     _compare(page, studies, found, reference, loss, drawn, colours)
     _isoflop(page, studies, drawn, colours)
@@ -59,8 +62,8 @@ def write_page(out: Path, reading: Reading, settings: Mapping[str, object], comm
     _left_out(page, reading)
     page.section("How it was made")
     page.facts({**reading.about, "bootstrap": f"{repetitions} by {by}", **settings})
-    page.text("The law is L = E + A / N^alpha + B / D^beta, with C = 6 N D: N is the training FLOPs per token over 6, by "
-              "the convention named above. It is fitted by the summed Huber loss (1e-3) of log L from many starts. "
+    page.text("The law is L = E + A / N^alpha + B / D^beta, with C = 6 N D: N is the training FLOPs per token over 6, "
+              "by the convention named above. It is fitted by the summed Huber loss (1e-3) of log L from many starts. "
               "Intervals are of 95%, percentiles over the bootstrap.")
     if command:
         page.code(command)
@@ -76,9 +79,10 @@ def _compare(page: Report, studies, found, reference: str, loss: str, drawn, col
     if rows:
         page.table(["architecture", loss, "multiplier", "from", "to", "verdict"],
                    [[row[key] for key in ("architecture", "loss", "ratio", "low", "high", "verdict")] for row in rows],
-                   f"Compute over that of {reference} at equal loss, on both frontiers; below 1 the architecture saves. "
-                   "Only at losses that both reached. `multipliers.csv` has all digits.",
-                   {loss: ".4f", "multiplier": ".3f", "from": ".3f", "to": ".3f"}, colours)
+                   f"Compute over that of {reference} at equal loss, each at its own optimal size; below 1 the "
+                   "architecture saves. Only at losses that both reached; a dash stands for a bound that the runs do "
+                   "not give. `multipliers.csv` has all digits.",
+                   {loss: ".4f", "multiplier": "#.3g", "from": "#.3g", "to": "#.3g"}, colours)
     for name in found:
         at_equal = gap(studies[name].sample, studies[reference].sample)
         page.text(f"At equal compute, `{name}` against `{reference}`: {at_equal.verdict}.")
@@ -88,32 +92,28 @@ def _isoflop(page: Report, studies, drawn, colours) -> None:
     files = [file for file in drawn if file.startswith("isoflop")]
     if files:
         page.section("Loss at equal compute")
+        page.text("A parabola in log N for each budget, in FLOPs. The star is its minimum, hollow where it lies "
+                  "outside of the sizes that were run.")
         page.figures([drawn[file] for file in files])
-    rows = [row for one in studies.values() for row in by_approach(one)]
-    if rows:
-        page.table(["architecture", "approach", "a of N ~ C^a", "from", "to"],
-                   [[row[key] for key in ("architecture", "approach", "value", "low", "high")] for row in rows],
-                   "Three ways to the same exponent. Parabolas are biased even without noise unless alpha = beta and the "
-                   "sizes lie evenly about the optimum; the envelope takes luck for skill. Numbers on this page are from "
-                   "the law.", dict.fromkeys(("a of N ~ C^a", "from", "to"), ".4f"), colours)
 
 
 def _laws(page: Report, studies, fits, drawn, colours) -> None:
     if not fits:
         return
     page.section("The laws")
+    ordered = sorted(fits, key=lambda row: NAMES.index(row["coefficient"]))
     page.table(["architecture", "coefficient", "value", "from", "to", "standard error"],
-               [[row[key] for key in COEFFICIENTS] for row in sorted(fits, key=lambda row: NAMES.index(row["coefficient"]))],
-               "L = E + A / N^alpha + B / D^beta; a = beta / (alpha + beta) and b = 1 - a are the exponents of optimal N "
-               "and D. `fits.csv` has all digits.", dict.fromkeys(("value", "from", "to", "standard error"), ".6g"),
+               [[row[key] for key in COEFFICIENTS] for row in ordered],
+               "L = E + A / N^alpha + B / D^beta; a = beta / (alpha + beta) and b = 1 - a are the exponents of optimal "
+               "N and D. `fits.csv` has all digits.", dict.fromkeys(("value", "from", "to", "standard error"), ".6g"),
                colours)
     page.figures([drawn[file] for file in drawn if file.startswith("residuals")])
-    page.table(["architecture", "runs", "spread about the law", "error on the largest budget", "bias there", "runs there",
-                "searches that agree"],
+    page.table(["architecture", "runs", "spread about the law", "error on the largest budget", "bias there",
+                "runs there", "searches that agree"],
                [[name, len(one.points), one.spread(), *_held(one), one.fit.arrived]
                 for name, one in studies.items() if one.fit],
-               "The largest budget is left out, the law fitted to the rest and asked about it: the mean of |error|, and "
-               "the mean error, above 0 where the law was too pessimistic.",
+               "The largest budget is left out, the law fitted to the rest and asked about it: the mean of |error|, "
+               "and as bias the mean error, above 0 where the law was too pessimistic.",
                {"spread about the law": ".2%", "error on the largest budget": ".2%", "bias there": "+.2%",
                 "searches that agree": ".0%"}, colours)
 
@@ -124,17 +124,23 @@ def _held(one: Study) -> list:
 
 
 def _optima(page: Report, studies, drawn, colours) -> None:
-    rows = [row for one in studies.values() if one.fit for row in allocations(one)]
-    if not rows:
+    if "optimal_N" not in drawn:
         return
     page.section("Optimal size and data")
     page.figures([drawn[file] for file in ("optimal_N", "optimal_D")])
     interval = lambda row, key: f"{short(row[f'{key}_low'])} to {short(row[f'{key}_high'])}"
     page.table(["architecture", "FLOPs", "N", "95%", "D", "95% ", "D / N", "loss", "extrapolated"],
                [[row["architecture"], row["FLOPs"], row["N"], interval(row, "N"), row["D"], interval(row, "D"),
-                 row["tokens_per_parameter"], row["loss"], "yes" if row["extrapolated"] else ""] for row in rows],
+                 row["tokens_per_parameter"], row["loss"], "yes" if row["extrapolated"] else ""]
+                for one in studies.values() if one.fit for row in allocations(one)],
                f"Extrapolated: beyond the largest compute that was run, by at most {AHEAD:.0f} times.",
                {"FLOPs": ".2e", "loss": ".4f"}, colours)
+    page.table(["architecture", "approach", "a of N ~ C^a", "from", "to"],
+               [[row[key] for key in ("architecture", "approach", "value", "low", "high")]
+                for one in studies.values() for row in by_approach(one)],
+               "Three ways to the same exponent. Parabolas are biased even without noise unless alpha = beta and the "
+               "sizes lie evenly about the optimum; the envelope takes luck for skill. All other numbers on this page "
+               "are from the law.", dict.fromkeys(("a of N ~ C^a", "from", "to"), ".4f"), colours)
     conventions = {name: by_convention(one.points) for name, one in studies.items()}
     columns = list(dict.fromkeys(column for row in conventions.values() for column in row))
     if len(columns) > 1:
@@ -150,7 +156,7 @@ def _left_out(page: Report, reading: Reading) -> None:
     if reading.excluded:
         page.table(["row", "why"], [list(row) for row in reading.excluded])
     else:
-        page.text("Nothing: every row of the table is a point of a fit.")
+        page.text("Nothing: every row was read as a run.")
 
 
 def _figures(studies: Mapping[str, Study], found: Mapping[str, Multiplier], reference: str, loss: str) -> dict:
@@ -158,17 +164,19 @@ def _figures(studies: Mapping[str, Study], found: Mapping[str, Multiplier], refe
     colours = plots.palette(studies)
     fitted = any(one.fit for one in studies.values())
     made = {"loss_for_compute": (figures.loss_for_compute(studies, colours, loss),
-                                 "Each dot is a run. The line is the least loss that the law expects of a compute, dashed "
-                                 "beyond the runs, with its 95% band.")}
+                                 "Each dot is a run. The line is the least loss that the law expects of a compute, "
+                                 "dashed beyond the runs, with its 95% band.")}
     if any(len(m.losses) for m in found.values()):
         made["multipliers"] = (figures.multipliers(found, colours, reference, loss),
                                f"Below 1 the architecture needs less compute than {reference} for the same loss; bands "
                                "are of 95%, cut at the figure's edge where they have no end.")
+    grouped = [one.points.loss[np.isfinite(one.points.budget)] for one in studies.values() if one.parabolas]
     for name, one in studies.items():
         if one.parabolas:
-            made[_file(f"isoflop_{name}", made)] = (
-                figures.isoflop(one, colours[name], loss), "A parabola in log N for each budget in FLOPs; the star is its "
-                "minimum, hollow where it lies outside of the sizes that were run.")
+            limits = min(map(np.min, grouped)), max(map(np.max, grouped))
+            minima = ", ".join(f"{short(p.N_opt)} at {flops(p.budget)}" for p in one.parabolas if p.inside)
+            made[_file(f"isoflop_{name}", made)] = (figures.isoflop(one, colours[name], loss, limits),
+                                                    f"Minima: {minima or 'none inside of the sizes run'}.")
     if fitted:
         for which, what in ((figures.N_OPT, "N"), (figures.D_OPT, "D")):
             made[f"optimal_{what}"] = (figures.optimal(studies, colours, which),
@@ -199,8 +207,8 @@ def _reference(studies: Mapping[str, Study], reference: str | None) -> str:
 
 def _multipliers(m: Multiplier) -> list[dict]:
     return [{"architecture": m.a, "reference": m.b, "loss": loss, "ratio": ratio, "low": low, "high": high,
-             "verdict": verdict}
-            for loss, ratio, low, high, verdict in zip(m.losses, m.ratio, m.low, m.high, m.verdicts)]
+             "verdict": "saves" if high < 1 else "costs" if low > 1 else "not distinguishable"}
+            for loss, ratio, low, high in zip(m.losses, m.ratio, m.low, m.high)]
 
 
 def _write(path: Path, columns: Sequence[str], rows: Sequence[dict]) -> None:

@@ -44,14 +44,18 @@ class Study:
         return float(np.sqrt(np.sum(self.fit.residuals**2) / free)) if free > 0 else float("nan")
 
 
-def study(points: Points, repetitions: int = 1000, by: str = "runs", seed: int = 0) -> Study:
-    """Fits the dense law to the points, and resamples it `repetitions` times `by` runs or residuals."""
+def study(points: Points, repetitions: int = 1000, by: str = "residuals", seed: int = 0) -> Study:
+    """Fits the dense law to the points, and resamples it `repetitions` times `by` runs or residuals. ValueError for
+    settings that `bootstrap` does not have."""
     curves = parabolas(points)
     try:
         fitted = fit(points)
-        sample = bootstrap(fitted, repetitions, by=by, seed=seed)
     except ValueError as error:
         return Study(points, parabolas=curves, refused=str(error))
+    if by == "residuals" and len(points) <= len(fitted.theta):
+        return Study(points, parabolas=curves, refused=f"{len(points)} runs for {len(fitted.theta)} coefficients leave "
+                     "no residuals to resample, and so no interval: must be more runs")
+    sample = bootstrap(fitted, repetitions, by=by, seed=seed)
     try:
         held, unheld = holdout(points), ""
     except ValueError as error:
@@ -95,8 +99,8 @@ def allocations(one: Study, budgets: Sequence[float] = ()) -> list[dict]:
 
 
 def by_approach(one: Study) -> list[dict]:
-    """The exponent a of N_opt ~ C^a by approach 3, the fitted law, and for comparison by 1, the envelope of all runs, and
-    2, the minima of isoFLOP parabolas (Hoffmann et al. 2022, arXiv:2203.15556)."""
+    """The exponent a of N_opt ~ C^a by approach 3, the fitted law, and for comparison by 2, the minima of isoFLOP
+    parabolas, and 1, the envelope of all runs (Hoffmann et al. 2022, arXiv:2203.15556)."""
     rows = []
     if one.fit:
         rows += [row | {"approach": "3: fitted law"} for row in coefficients(one) if row["coefficient"] == "a"]
@@ -126,5 +130,6 @@ def by_convention(points: Points) -> dict[str, float | None]:
 def _natural(one: Study):
     everything = lambda theta: np.stack([*one.fit.law.natural(theta).values(), *exponents(theta)], -1)
     values, (low, high) = everything(one.fit.theta), one.band(everything)
-    errors = np.nanstd(everything(one.sample.thetas), axis=0, ddof=1)
+    with np.errstate(invalid="ignore"):  # infinite factors are possible, and leave no standard error
+        errors = np.std(everything(one.sample.thetas), axis=0, ddof=1)
     return zip(values, zip(low, high), errors)
