@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from archlab.analysis.scaling.fit import Fit, starting_points
+from archlab.analysis.scaling.fit import Fit
 from archlab.analysis.scaling.newton import minimise
 
 WAYS = ("runs", "residuals")
@@ -46,7 +46,7 @@ class Sample:
 def bootstrap(fit: Fit, repetitions: int = 1000, by: str = "runs", seed: int = 0) -> Sample:
     """Refits the law to runs drawn again.
 
-    Each refit searches from the optimum and from the best of the law's starts. by: "runs" or "residuals", see above.
+    Each refit searches from the optimum, and again from where another repetition's refit ended. by: "runs" or "residuals", see above.
     ValueError for another way, fewer than two repetitions, and residuals of as many coefficients as runs.
     """
     if repetitions < 2:
@@ -55,11 +55,10 @@ def bootstrap(fit: Fit, repetitions: int = 1000, by: str = "runs", seed: int = 0
         raise ValueError(f"by = {by!r}: must be one of {', '.join(WAYS)}")
     rng = np.random.default_rng(seed)
     target, weights = (_runs if by == "runs" else _residuals)(fit, repetitions, rng)
-    starts = np.vstack([fit.theta, starting_points(fit.points, fit.law)[:1]])
-    thetas, objectives = minimise(fit.law.at(fit.points), np.repeat(starts, repetitions, 0),
-                                  np.tile(target, (len(starts), 1)), np.tile(weights, (len(starts), 1)))
-    best = objectives.reshape(len(starts), repetitions).argmin(0)
-    return Sample(fit, thetas.reshape(len(starts), repetitions, -1)[best, np.arange(repetitions)])
+    terms = fit.law.at(fit.points)
+    thetas, objectives = minimise(terms, np.tile(fit.theta, (repetitions, 1)), target, weights)
+    others, theirs = minimise(terms, np.roll(thetas, 1, 0), target, weights)
+    return Sample(fit, np.where((theirs < objectives)[:, None], others, thetas))
 
 
 def _runs(fit, repetitions, rng):

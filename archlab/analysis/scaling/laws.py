@@ -141,8 +141,8 @@ class FineGrained(Law):
 
 @dataclasses.dataclass(frozen=True)
 class Recursive(Law):
-    """L = E + A / (N_once + r^phi N_recurring)^alpha + B / D^beta, of models that pass a part r times (Schwethelm et al.
-    2026, arXiv:2604.21106): at phi = 1 a further pass is worth as much as further parameters, at phi = 0 nothing.
+    """L = E + A / (N_once + r^phi N_recurring)^alpha + B / D^beta, of models that pass a part r times (Schwethelm et
+    al. 2026, arXiv:2604.21106): at phi = 1 a further pass is worth as much as further parameters, at phi = 0 nothing.
 
     Columns: N_once and N_recurring, unique parameters outside and inside the recursion; recursions, r.
     """

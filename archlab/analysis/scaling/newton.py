@@ -75,9 +75,12 @@ def _minimise(terms, thetas, target, weights):
             steps, gains = _steps(terms, thetas[active], target[active], weights[active], damping[active])
             trial = thetas[active] + steps
             reached = value(trial, active)
-            better = reached < values[active]
+            before = values[active]
+            better = reached < before
             thetas[active[better]], values[active[better]] = trial[better], reached[better]
-            damping[active] = np.where(better, damping[active] / 10, damping[active] * 8).clip(1e-9)
+            kept = (before - reached) / gains  # of what the step promised
+            change = np.select([kept > 0.7, kept > 0.3, better], [0.15, 1, 2.5], 6)
+            damping[active] = (damping[active] * change).clip(1e-9)
             ended = (gains <= 1e-15 * values[active]) | (damping[active] > 1e9)
             active = active[~ended]
     return thetas, values
@@ -88,19 +91,17 @@ def _steps(terms, theta, target, weights, damping):
     values, jacobians = terms(theta)
     total, shares = _logsumexp(values)
     K, n, P = jacobians.shape[-3:]
-    slopes = np.einsum("skn,...knp->snp", shares, jacobians) if jacobians.ndim == 3 else \
-        np.einsum("skn,sknp->snp", shares, jacobians)
+    slopes = np.einsum("skn,knp->snp" if jacobians.ndim == 3 else "skn,sknp->snp", shares, jacobians)
     error = total - target
     psi = weights * np.clip(error, -DELTA, DELTA)
     gradient = np.einsum("sn,snp->sp", psi, slopes)
     reweighted = _products(slopes, weights * np.minimum(1, DELTA / np.abs(error).clip(1e-300)))
     curvature = _products(slopes, weights * (np.abs(error) <= DELTA) - psi) + \
         _products(jacobians.reshape(*jacobians.shape[:-3], K * n, P), (shares * psi[:, None]).reshape(-1, K * n))
-    scale = np.sqrt(np.einsum("spp->sp", reweighted)) + 1e-150
-    both = scale[:, :, None] * scale[:, None, :]
-    sizes, axes = np.linalg.eigh(np.nan_to_num(reweighted / both))
+    scale = np.sqrt(np.einsum("spp->sp", reweighted)).clip(1e-30)  # no less: of a term that is gone
+    sizes, axes = np.linalg.eigh(reweighted / scale[:, :, None] / scale[:, None, :])
     whiten = axes / np.sqrt(sizes.clip(1e-13))[:, None, :] / scale[:, :, None]  # the metric becomes the unit matrix
-    bends, turns = np.linalg.eigh(np.nan_to_num(np.einsum("spi,spq,sqj->sij", whiten, curvature, whiten)))
+    bends, turns = np.linalg.eigh(np.swapaxes(whiten, 1, 2) @ curvature @ whiten)
     whiten = whiten @ turns
     slope = np.einsum("spi,sp->si", whiten, gradient)
     step = -slope / (np.abs(bends) + damping[:, None])
