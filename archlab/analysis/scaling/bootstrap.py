@@ -46,7 +46,8 @@ class Sample:
 def bootstrap(fit: Fit, repetitions: int = 1000, by: str = "runs", seed: int = 0) -> Sample:
     """Refits the law to runs drawn again.
 
-    Each refit searches from the optimum, and again from where another repetition's refit ended. by: "runs" or "residuals", see above.
+    Each refit searches from the optimum; by runs, where so few may be left that there are several optima, again from
+    where another repetition's refit ended. by: "runs" or "residuals", see above.
     ValueError for another way, fewer than two repetitions, and residuals of as many coefficients as runs.
     """
     if repetitions < 2:
@@ -57,8 +58,10 @@ def bootstrap(fit: Fit, repetitions: int = 1000, by: str = "runs", seed: int = 0
     target, weights = (_runs if by == "runs" else _residuals)(fit, repetitions, rng)
     terms = fit.law.at(fit.points)
     thetas, objectives = minimise(terms, np.tile(fit.theta, (repetitions, 1)), target, weights)
-    others, theirs = minimise(terms, np.roll(thetas, 1, 0), target, weights)
-    return Sample(fit, np.where((theirs < objectives)[:, None], others, thetas))
+    if by == "runs":
+        others, theirs = minimise(terms, np.roll(thetas, 1, 0), target, weights)
+        thetas = np.where((theirs < objectives)[:, None], others, thetas)
+    return Sample(fit, thetas)
 
 
 def _runs(fit, repetitions, rng):

@@ -87,7 +87,7 @@ def starting_points(points: Points, law: Law) -> np.ndarray:
     thetas, typical = law.starts(), target.mean()
     sizes = terms(thetas)[0].mean(-1)
     thetas[:, :law.terms] += sizes.clip(typical - 3, typical) - sizes
-    return thetas[np.argsort(objective_of(terms, target)(thetas)[0], kind="stable")]
+    return thetas[np.argsort(huber(log_loss(thetas, terms) - target).sum(-1), kind="stable")]
 
 
 def variable_projection(points: Points) -> Fit:

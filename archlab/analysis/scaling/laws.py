@@ -178,9 +178,9 @@ class Recursive(Law):
 def _linear(rows: list[list[np.ndarray]]) -> Terms:
     """Terms whose logarithms are linear in theta: `rows` has a column [n] for each term and coefficient."""
     jacobians = np.array(rows).swapaxes(1, 2)  # [K, n, P]
-    K, n, P = jacobians.shape
-    flat = np.ascontiguousarray(jacobians.reshape(K * n, P).T)
-    return lambda theta: ((theta @ flat).reshape(*theta.shape[:-1], K, n), jacobians)
+    used = [[(p, column) for p, column in enumerate(row) if column.any()] for row in rows]
+    value = lambda theta, row: sum(theta[..., p, None] * column for p, column in row)
+    return lambda theta: (np.stack([value(theta, row) for row in used], -2), jacobians)
 
 
 def _grid(*axes) -> np.ndarray:

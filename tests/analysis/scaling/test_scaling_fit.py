@@ -44,7 +44,7 @@ def test_a_law_without_noise_is_found_again(law):
 
 
 def test_all_published_starts_end_at_one_optimum():
-    points = made(n=30, noise=0.005)
+    points = made(n=20, noise=0.005)
     found, screened = fit(points, starts=None), fit(points)
     assert found.arrived == 1 and screened.arrived == 1
     chex.assert_trees_all_close(found.theta, screened.theta, rtol=1e-6)
@@ -61,7 +61,7 @@ def test_a_fit_is_a_minimum():
 
 def test_newton_and_the_published_method_agree():
     points = made(noise=0.005)
-    newton, lbfgs = fit(points), fit(points, starts=3, method="l-bfgs")
+    newton, lbfgs = fit(points), fit(points, starts=2, method="l-bfgs")
     chex.assert_trees_all_close(newton.theta, lbfgs.theta, rtol=1e-6)
     assert newton.objective == pytest.approx(lbfgs.objective, rel=1e-9)
 
@@ -84,17 +84,18 @@ def test_variable_projection_is_least_squares_with_noise():
 
 
 def test_averaging_the_loss_stops_early_at_a_wrong_fit():
-    """The mean of Huber's loss is so flat that scipy's default tolerances end the search before it arrives; the best of
-    such searches is a wrong law. From the same starts the sum, searched to tight tolerances, gives the right one."""
+    """The mean of Huber's loss is so flat that scipy's default tolerances end every search before it arrives, and the
+    best of them is a wrong law. The sum goes on from there to the right one."""
     points = made(n=240, noise=0.005)
-    found, best = fit(points), {}
-    for scale, options in ((1 / len(points), {}), (1, {"ftol": 1e-15, "gtol": 1e-10, "maxiter": 5000, "maxfun": 20000})):
-        ends = [minimize(lambda theta: tuple(scale * part for part in objective(theta, DENSE, points)), start, jac=True,
-                         method="L-BFGS-B", options=options).x for start in DENSE.starts()[[437, 1288, 2361, 3105]]]
-        best[scale] = min(ends, key=lambda theta: objective(theta, DENSE, points)[0])
-    averaged, summed = best.values()
-    assert objective(averaged, DENSE, points)[0] > 1.02 * found.objective
+    found = fit(points)
+    mean = lambda theta: tuple(part / len(points) for part in objective(theta, DENSE, points))
+    ends = [minimize(mean, start, jac=True, method="L-BFGS-B").x for start in DENSE.starts()[::90]]
+    averaged = min(ends, key=lambda theta: objective(theta, DENSE, points)[0])
+    assert objective(averaged, DENSE, points)[0] > 1.1 * found.objective
     assert np.abs(averaged - found.theta)[3:].max() > 0.02
+    tight = {"ftol": 1e-15, "gtol": 1e-10, "maxiter": 5000, "maxfun": 20000}
+    summed = minimize(lambda theta: objective(theta, DENSE, points), averaged, jac=True, method="L-BFGS-B",
+                      options=tight).x
     chex.assert_trees_all_close(summed[3:], found.theta[3:], atol=1e-4)
 
 
