@@ -45,11 +45,11 @@ class Fit:
 
     @property
     def absent(self) -> tuple[str, ...]:
-        """Factors whose terms are nowhere a millionth of the loss. The runs say that these terms are about zero, not
-        what their exponents are."""
-        values, _ = self.law.log_terms(self.theta, self.points)
-        shares = values - log_loss(self.theta, self.law.at(self.points))
-        return tuple(name for name, share in zip(self.law.names, shares) if share.max() < np.log(1e-6))
+        """Factors whose terms add to the loss less than a millionth, or, but for the constant, the same everywhere
+        (an exponent of zero). The runs say that there is no such term, not what its coefficients are."""
+        values = np.exp(self.law.log_terms(self.theta, self.points)[0])
+        sizes = np.append(np.ptp(values[:-1], axis=-1), values[-1].max()) / values.sum(0).min()
+        return tuple(name for name, size in zip(self.law.names, sizes) if size < 1e-6)
 
     def predict(self, points: Points) -> np.ndarray:
         """The law's loss, [n]."""

@@ -22,7 +22,7 @@ class Law:
     """What all laws share; `at` and `starts` are each law's own.
 
     name: a few words. formula: as the paper has it. names: the coefficients, in theta's order. terms: how many there
-    are, and how many of the names are their factors. needs: further columns of the points; each must vary.
+    are, the constant last; as many of the names are their factors. needs: further columns of the points, which vary.
     """
 
     name = formula = ""

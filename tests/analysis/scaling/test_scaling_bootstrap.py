@@ -104,7 +104,8 @@ def test_every_law_has_intervals():
     assert low < 0.46 < high < low + 1
 
 
-@pytest.mark.parametrize("wrong, told", [({"repetitions": 1}, "repetitions = 1"), ({"by": "points"}, "runs, residuals")])
+@pytest.mark.parametrize("wrong, told", [({"repetitions": 1}, "repetitions = 1"),
+                                         ({"by": "points"}, "runs, residuals")])
 def test_settings_of_a_bootstrap_that_make_no_sense(wrong, told):
     with pytest.raises(ValueError, match=told):
         bootstrap(fit(grid(0), starts=5), **wrong)

@@ -89,7 +89,7 @@ def test_averaging_the_loss_stops_early_at_a_wrong_fit():
     points = made(n=240, noise=0.005)
     found = fit(points)
     mean = lambda theta: tuple(part / len(points) for part in objective(theta, DENSE, points))
-    ends = [minimize(mean, start, jac=True, method="L-BFGS-B").x for start in DENSE.starts()[::90]]
+    ends = [minimize(mean, start, jac=True, method="L-BFGS-B").x for start in DENSE.starts()[::450]]
     averaged = min(ends, key=lambda theta: objective(theta, DENSE, points)[0])
     assert objective(averaged, DENSE, points)[0] > 1.1 * found.objective
     assert np.abs(averaged - found.theta)[3:].max() > 0.02
@@ -102,13 +102,12 @@ def test_averaging_the_loss_stops_early_at_a_wrong_fit():
 @pytest.mark.parametrize("gone", ["A", "B", "E"])
 def test_a_term_that_is_not_there_is_said_to_be_absent(gone):
     theta = np.array(TRUTHS[DENSE])
-    theta[DENSE.names.index(gone)] = -np.inf if gone == "E" else -50
-    theta = np.nan_to_num(theta, neginf=-50)
+    theta[DENSE.names.index(gone)] = -50
     points = made(theta=theta)
-    for found in (fit(points), variable_projection(points)):
+    for found in (fit(points, starts=20), variable_projection(points)):
         chex.assert_trees_all_close(found.predict(points), points.loss, rtol=1e-5)
-        assert found.coefficients["E"] < 1e-3 or gone != "E"
-    assert np.isfinite(fit(made(theta=theta, noise=0.01)).objective)
+        assert found.absent == (gone,)
+    assert np.isfinite(fit(made(theta=theta, noise=0.01), starts=20).objective)
 
 
 def test_what_a_fit_tells():
