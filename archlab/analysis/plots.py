@@ -226,7 +226,7 @@ def fill_decades(ax: Axes, log: str) -> None:
 def name_ends(ax: Axes, ends: Mapping[str, float], colours: Mapping[str, str], gap: float = 0.065) -> None:
     """Names at the right margin at the heights of `ends`, pushed apart where they would overlap."""
     height = lambda y: ax.transAxes.inverted().transform(ax.transData.transform((ax.get_xlim()[1], y)))[1]
-    at = sorted((float(height(y)), name) for name, y in ends.items())
+    at = sorted((float(np.clip(height(y), 0, 1)), name) for name, y in ends.items())
     heights = [h for h, _ in at]
     for i in range(1, len(at)):
         heights[i] = max(heights[i], heights[i - 1] + gap)

@@ -20,6 +20,7 @@ from archlab.analysis.scaling.study import AHEAD, Study
 from archlab.analysis.scaling.words import flops
 
 N_OPT, D_OPT, LOSS = range(3)  # what `optimum` gives
+FAR = 30.0  # times outside of what was tried; no optimum is drawn beyond
 
 
 def told(points: Points, further: Sequence[str] = ()) -> list[str]:
@@ -62,6 +63,9 @@ def optimal(studies: Mapping[str, Study], colours: Mapping[str, str], which: int
                 plots.dots(ax, [p.budget], [at], colours[name], [f"{name}\nminimum of the parabola\nC = "
                            f"{flops(p.budget)}, {what} = {short(at)}"], marker="*", size=9, edge=0.6, zorder=4)
                 ends.setdefault(name, at)
+    tried = np.concatenate([getattr(study.points, what) for study in studies.values()])
+    low, high = ax.get_ylim()  # where a law does not hold, its optima would be all there is to see
+    ax.set_ylim(max(low, tried.min() / FAR), min(high, tried.max() * FAR))
     return _finish(fig, ax, "xy", ends, colours)
 
 
@@ -142,7 +146,7 @@ def _frontier(ax: Axes, study: Study, colour: str, which: int) -> float:
     largest = study.points.C.max()
     C = np.append(np.geomspace(study.points.C.min(), largest, 40), np.geomspace(largest, AHEAD * largest, 14)[1:])
     middle, seen = optimum(study.fit.theta, C)[which], C <= largest
-    low, high = study.band(lambda theta: optimum(theta, C)[which])
+    low, high = np.clip(study.band(lambda theta: optimum(theta, C)[which]), 1e-30, 1e30)  # of no end, yet drawn
     ax.fill_between(C, low, high, color=colour, alpha=0.15, linewidth=0)
     ax.plot(C[seen], middle[seen], color=colour)
     ahead = C >= largest

@@ -131,9 +131,9 @@ def _optima(page: Report, studies, drawn, colours) -> None:
     interval = lambda row, key: f"{short(row[f'{key}_low'])} to {short(row[f'{key}_high'])}"
     page.table(["architecture", "FLOPs", "N", "95%", "D", "95% ", "D / N", "loss", "extrapolated"],
                [[row["architecture"], row["FLOPs"], row["N"], interval(row, "N"), row["D"], interval(row, "D"),
-                 row["tokens_per_parameter"], row["loss"], "yes" if row["extrapolated"] else ""]
+                 row["tokens_per_parameter"], row["loss"], row["extrapolated"]]
                 for one in studies.values() if one.fit for row in allocations(one)],
-               f"Extrapolated: beyond the largest compute that was run, by at most {AHEAD:.0f} times.",
+               f"Extrapolated: which of C, N and D lie outside of the runs; C by at most {AHEAD:.0f} times.",
                {"FLOPs": ".2e", "loss": ".4f"}, colours)
     page.table(["architecture", "approach", "a of N ~ C^a", "from", "to"],
                [[row[key] for key in ("architecture", "approach", "value", "low", "high")]

@@ -87,15 +87,18 @@ def coefficients(one: Study) -> list[dict]:
 
 def allocations(one: Study, budgets: Sequence[float] = ()) -> list[dict]:
     """Optimal N, D and loss with intervals for each budget: by default four over the compute of the runs and two beyond
-    it, the last ten times their largest."""
-    least, most = one.points.C.min(), one.points.C.max()
+    it, the last ten times their largest. extrapolated: which of C, N and D lie outside of the runs ("" for none)."""
+    points = one.points
+    least, most = points.C.min(), points.C.max()
     C = np.array(budgets or [*np.geomspace(least, most, 4), most * AHEAD**0.5, most * AHEAD])
     N, D, loss = optimum(one.fit.theta, C)
     low, high = one.band(lambda theta: np.stack(optimum(theta, C), -1))
-    return [{"architecture": one.points.name, "FLOPs": C[i], "N": N[i], "N_low": low[i, 0], "N_high": high[i, 0],
+    out = {key: (values > 1.001 * seen.max()) | (values < seen.min() / 1.001)
+           for key, values, seen in (("C", C, points.C), ("N", N, points.N), ("D", D, points.D))}
+    return [{"architecture": points.name, "FLOPs": C[i], "N": N[i], "N_low": low[i, 0], "N_high": high[i, 0],
              "D": D[i], "D_low": low[i, 1], "D_high": high[i, 1], "tokens_per_parameter": D[i] / N[i],
              "loss": loss[i], "loss_low": low[i, 2], "loss_high": high[i, 2],
-             "extrapolated": bool(C[i] > most * (1 + 1e-9) or C[i] < least * (1 - 1e-9))} for i in range(len(C))]
+             "extrapolated": ", ".join(key for key in out if out[key][i])} for i in range(len(C))]
 
 
 def by_approach(one: Study) -> list[dict]:
@@ -130,6 +133,6 @@ def by_convention(points: Points) -> dict[str, float | None]:
 def _natural(one: Study):
     everything = lambda theta: np.stack([*one.fit.law.natural(theta).values(), *exponents(theta)], -1)
     values, (low, high) = everything(one.fit.theta), one.band(everything)
-    with np.errstate(invalid="ignore"):  # infinite factors are possible, and leave no standard error
+    with np.errstate(over="ignore", invalid="ignore"):  # infinite factors are possible, and leave no standard error
         errors = np.std(everything(one.sample.thetas), axis=0, ddof=1)
     return zip(values, zip(low, high), errors)
