@@ -51,7 +51,7 @@ class Preset:
 PRESETS = {
     "smoke": Preset((16, 32), (1, 2), 16, 1, (-9, -7), steps=4, rows=2, context=16, moves=2,
                     models=("transformer-tiny",)),
-    "cpu": Preset((32, 64, 128, 256), (2, 4, 8, 16), 64, 2, tuple(range(-11, -3)), steps=100, rows=16, context=64),
+    "cpu": Preset((32, 64, 128, 256), (2, 4, 8, 16), 64, 2, tuple(range(-11, -2)), steps=100, rows=16, context=64),
     "standard": Preset((64, 128, 256, 512, 1024), (2, 4, 8, 16, 32), 256, 4, tuple(range(-13, -4)), steps=1000, rows=64,
                        context=256),
 }

@@ -15,7 +15,7 @@ from archlab.analysis import plots
 from archlab.analysis.report import Report
 from archlab.analysis.scaling.figures import shades
 
-LEAST = "a star: the least, by a parabola through the three lowest"
+LEAST = "Stars: the best rates, by parabolas through the three lowest losses."
 STATIONS = {"stream": "the stream behind the last block", "branches": "what a branch adds", "logits": "logits"}
 ABOVE = 0.75  # bits per byte above the least that figures show
 
@@ -31,15 +31,15 @@ def curves(rows: Sequence[dict]) -> dict[tuple[str, str, str], dict[int, tuple[n
 
 
 def least(rates: np.ndarray, losses: np.ndarray) -> tuple[float, float]:
-    """(rate, loss) at the minimum of the parabola, in the logarithm of the rate, through the lowest loss and those
-    beside it; the lowest itself where it is at the edge or has no finite loss beside it."""
+    """The best rate and the lowest loss. The rate is the minimum of the parabola, in its logarithm, through the lowest
+    loss and those beside it; or that of the lowest where it is at the edge or has no finite loss beside it."""
     i = int(np.argmin(losses))
     if not 0 < i < len(rates) - 1 or not np.isfinite(losses[i - 1 : i + 2]).all():
         return float(rates[i]), float(losses[i])
     parabola = np.polynomial.Polynomial.fit(np.log(rates[i - 1 : i + 2]), losses[i - 1 : i + 2], 2).convert()
     _, slope, bend = parabola.coef
     vertex = -slope / (2 * bend) if bend > 0 else math.log(rates[i])
-    return math.exp(vertex), float(parabola(vertex))
+    return math.exp(vertex), float(losses[i])
 
 
 def best(rows: Sequence[dict]) -> dict[tuple[str, str, str], dict[int, tuple[float, float]]]:
@@ -85,19 +85,19 @@ def write_page(out: Path, checks: Sequence[dict], rows: Sequence[dict], about: M
                      "drift: doublings of the best rate for each doubling of the size; 0 is right. lost: bits per byte "
                      "by which the largest is worse at the smallest's best rate than at its own.",
                      {"drift": "+.2f", "lost": ".3f", "its best rate": ".2g", "its best rate ": ".2g"})
-        report.figures([show(f"best_{model}_{axis}", _best(found, model, axis), f"{model}, by {axis}; {LEAST}")
+        report.figures([show(f"best_{model}_{axis}", _best(found, model, axis), LEAST)
                         for model, axis in dict.fromkeys(key[:2] for key in found)])
         for model, axis in dict.fromkeys(key[:2] for key in found):
             report.section(f"{model} by {axis}")
             mine = {key[2]: of for key, of in curves(rows).items() if key[:2] == (model, axis)}
             report.figures([show(f"sweep_{model}_{axis}_{arm}", _sweep(arm, axis, of, mine),
-                                 f"One line for each {axis}; {LEAST}.") for arm, of in mine.items()])
+                                 f"One line for each {axis}. {LEAST}") for arm, of in mine.items()])
     for model in dict.fromkeys(row["model"] for row in checks):
         report.section(f"Coordinate check of {model}")
         report.text("The root mean square of the change since initialisation, at one learning rate for all widths, "
                     "behind each step: the later, the darker. Flat is right: every width learns at one speed.")
-        report.figures([show(f"coordinates_{model}_{station}", _coordinates(checks, model, station, words), words)
-                        for station, words in STATIONS.items()])
+        report.figures([show(f"coordinates_{model}_{station}", _coordinates(checks, model, station, words),
+                             _ratios(checks, model, station)) for station, words in STATIONS.items()])
     return report.save(out / "index.html")
 
 
@@ -130,9 +130,11 @@ def _sweep(arm: str, axis: str, of: Mapping, all_arms: Mapping) -> Figure:
         ax.plot(rates, losses, color=tones[size])
         told = [f"{axis} {size}\nrate {rate:.2g}\n{loss:.3f} bits per byte" for rate, loss in zip(rates, losses)]
         plots.dots(ax, rates, losses, tones[size], told, size=3.5)
-        rate, loss = least(rates, losses)
+        rate, _ = least(rates, losses)
+        loss = float(np.interp(math.log(rate), np.log(rates), np.where(np.isfinite(losses), losses, top)))
         plots.dots(ax, [rate], [loss], tones[size], [f"{axis} {size}\nbest rate {rate:.2g}"], "*", 11, zorder=4)
-        ends[f"{axis} {size}"] = min(max(losses[-1], bottom), top)
+        # Those that leave the figure at its top are named in order.
+        ends[f"{axis} {size}"] = min(max(losses[-1], bottom), top - 1e-6 * len(ends))
     ax.set_ylim(bottom - 0.04 * (top - bottom), top)
     ax.set_xlim(*ax.get_xlim())
     plots.fill_decades(ax, "x")
@@ -155,6 +157,16 @@ def _coordinates(checks: Sequence[dict], model: str, station: str, words: str) -
     plots.fill_decades(ax, "y")
     plots.name_ends(ax, ends, colours)
     return fig
+
+
+def _ratios(checks: Sequence[dict], model: str, station: str) -> str:
+    """What the figure comes to, in words."""
+    mine = [row for row in checks if row["model"] == model and row["station"] == station]
+    last, small, wide = (of(row[key] for row in mine) for of, key in ((max, "step"), (min, "width"), (max, "width")))
+    change = {(row["arm"], row["width"]): row["change"] for row in mine if row["step"] == last}
+    ratios = ", ".join(f"{change[arm, wide] / change[arm, small]:.2g} times ({arm})"
+                       for arm in dict.fromkeys(row["arm"] for row in mine))
+    return f"Behind step {last} width {wide} has moved, against width {small}, {ratios}."
 
 
 def _at(ax, sizes) -> None:
