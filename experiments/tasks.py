@@ -19,10 +19,7 @@ Expected, of --preset=cpu (scaled accuracy for parity, 0 is guessing; accuracy f
 Cost: --preset=smoke 1 to 2 minutes. --preset=cpu: docs/tasks.md.
 """
 
-import csv
 import hashlib
-import json
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -30,7 +27,8 @@ from pathlib import Path
 from absl import flags
 
 from archlab.layers.config import Config
-from experiments import common
+from experiments import common, workers
+from experiments.rows import Rows
 
 
 class Setting(Config):
@@ -78,8 +76,7 @@ flags.DEFINE_list("rates", None, "Learning rates that every model tries. The pre
 flags.DEFINE_integer("seeds", None, "Runs at the best rate. The preset's by default.")
 flags.DEFINE_integer("steps", None, "Steps a run; by default each task's own.")
 flags.DEFINE_list("widths", None, "Widths of the network; by default each task's own.")
-flags.DEFINE_integer("workers", 1, "Processes that share the work, on as many parts of the machine's cores.")
-flags.DEFINE_string("part", "0/1", "I/N: this process does every N-th piece of the work, from I on (several machines).")
+workers.define_workers()
 flags.DEFINE_bool("train", True, "--notrain: only draw the runs that the folder has.")
 flags.DEFINE_string("out", "runs/tasks", "The folder of the results.")
 
@@ -93,33 +90,8 @@ class Cell(Config):
     setting: Setting
 
 
-class Results:
-    """results.csv: a row per finished run, found again by what the run was."""
-
-    FIELDS = ("model", "task", "width", "seed", "learning_rate", "steps", "batch", "parameters", "state_bytes",
-              "validation_accuracy", "validation_loss", "validation_exact", "diverged", "seconds", "tests", "digest")
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def read(self) -> dict[tuple, dict]:
-        """{(digest, seed): row}, values as they were."""
-        if not self.path.is_file():
-            return {}
-        with self.path.open() as file:
-            rows = [row for row in csv.DictReader(file) if row["digest"]]  # a line cut short is no row
-        for row in rows:
-            row.update({key: json.loads(row[key]) for key in row if key not in ("model", "task", "digest")})
-        return {(row["digest"], row["seed"]): row for row in rows}
-
-    def add(self, row: dict) -> None:
-        """Appends a row in one write, so that processes may share the file."""
-        encoded = [value if isinstance(value, str) else json.dumps(value) for value in map(row.get, self.FIELDS)]
-        with self.path.open("a", newline="") as file:
-            writer = csv.writer(file)
-            if file.tell() == 0:
-                writer.writerow(self.FIELDS)
-            writer.writerow(encoded)
+FIELDS = ("model", "task", "width", "seed", "learning_rate", "steps", "batch", "parameters", "state_bytes",
+          "validation_accuracy", "validation_loss", "validation_exact", "diverged", "seconds", "tests", "digest")
 
 
 def main() -> None:
@@ -130,20 +102,20 @@ def main() -> None:
     tasks = {name: get_task(name) for name in given("tasks")}
     rates, seeds = _rates(given("rates")), given("seeds")
     cells = _cells(given("models"), tasks, given("steps"), given("widths"))
-    part, parts = _part(FLAGS.part)
+    shard, shards = workers.shard_of(FLAGS.shard)
     for name, value in (("seeds", seeds), ("workers", FLAGS.workers)):
         if value < 1:
             raise ValueError(f"--{name} = {value}: must be at least 1")
     out = Path(FLAGS.out)
     out.mkdir(parents=True, exist_ok=True)
-    results = Results(out / "results.csv")
+    results = Rows(out / "results.csv", FIELDS)
     if not FLAGS.train:
-        parts = 1
+        shards = 1
     elif FLAGS.workers > 1:
-        _share(part, parts)
+        workers.share("experiments.tasks", shard, shards, FLAGS.workers)
     else:
-        _train(cells[part::parts], tasks, rates, seeds, results)
-    if parts == 1:
+        _train(cells[shard::shards], tasks, rates, seeds, results)
+    if shards == 1:
         _draw(cells, tasks, rates, seeds, results, out)
 
 
@@ -171,44 +143,18 @@ def _rates(texts: list[str]) -> list[float]:
     return rates
 
 
-def _part(text: str) -> tuple[int, int]:
-    first, _, count = text.partition("/")
-    if not (first.isdigit() and count.isdigit() and int(first) < int(count)):
-        raise ValueError(f"--part = {text}: must be I/N with I below N, as 0/4")
-    return int(first), int(count)
+def _finished(results: Rows) -> dict[tuple, dict]:
+    """{(digest, seed): row}: rows are found again by what the run was."""
+    return {(row["digest"], row["seed"]): row for row in results.read()}
 
 
-def _share(part: int, parts: int) -> None:
-    """Does the work of this part in processes of their own, each on its share of the cores."""
-    command = [sys.executable, "-m", "experiments.tasks", *sys.argv[1:], "--workers=1"]
-    count, running = FLAGS.workers, []
-    try:
-        for i in range(count):
-            flag = f"--part={part + parts * i}/{parts * count}"
-            running.append(subprocess.Popen([*command, flag], preexec_fn=lambda i=i: _cores(i, count)))
-        codes = [process.wait() for process in running]
-    finally:
-        for process in running:
-            process.terminate()
-    if any(codes):
-        common.leave("a worker failed; what it said stands above, and the same command goes on", max(codes))
-
-
-def _cores(i: int, count: int) -> None:
-    import os
-
-    if hasattr(os, "sched_setaffinity"):  # Linux
-        cores = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, cores[i::count] or cores)
-
-
-def _train(cells: list[Cell], tasks: dict, rates: list[float], seeds: int, results: Results) -> None:
+def _train(cells: list[Cell], tasks: dict, rates: list[float], seeds: int, results: Rows) -> None:
     """Runs what is missing of these cells: every rate with seed 0, then the other seeds at the best of them."""
     from archlab.analysis.task_page import best_rate
     from archlab.training.trials import Trials
     from experiments.mixers import task_model
 
-    done, began, trained = results.read(), time.perf_counter(), 0
+    done, began, trained = _finished(results), time.perf_counter(), 0
     total = len(cells) * (len(rates) + seeds - 1)
     passed = 0
     for cell in cells:
@@ -271,10 +217,10 @@ def _digest(cell: Cell, task, rate: float) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _draw(cells: list[Cell], tasks: dict, rates: list[float], seeds: int, results: Results, out: Path) -> None:
+def _draw(cells: list[Cell], tasks: dict, rates: list[float], seeds: int, results: Rows, out: Path) -> None:
     from archlab.analysis.task_page import summarise, write_page
 
-    done = results.read()
+    done = _finished(results)
     keys = [(_digest(cell, tasks[cell.task], rate), seed) for cell in cells for rate in rates for seed in range(seeds)]
     rows = [done[key] for key in keys if key in done]
     table = summarise(rows, tasks)

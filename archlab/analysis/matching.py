@@ -60,6 +60,12 @@ def match(config: LanguageModel, target: float,
     return nearest()
 
 
+def scaled(config: LanguageModel, width: int, names: tuple[str, ...] = SCALED) -> LanguageModel:
+    """The architecture at another width; the whole numbers in the fields of `names` grow with it. ValueError where its
+    layers do not allow that."""
+    return _scale(config, width / config.width, names, width=width)
+
+
 def _search(make, start: float, low: float, high: float, error) -> None:
     """Halves the interval between a size that measures too little and one that measures too much.
 
@@ -84,7 +90,7 @@ def _valid(config: LanguageModel, width: int) -> LanguageModel | None:
     for step in range(min(width, REACH)):
         for candidate in (width - step, width + step):
             try:
-                return _scale(config, candidate / config.width, SCALED, width=candidate)
+                return scaled(config, candidate)
             except ValueError:
                 continue
     return None

@@ -81,7 +81,7 @@ def test_only_what_is_missing_is_run(out):
     (["--models=atention"], "did you mean attention"), (["--rates=fast"], "--rates = fast"),
     (["--models=nothing"], "one of your own is a Python file"), (["--models=own.py"], "there is no file own.py"),
     (["--models=a/gla.py"], "a/gla.py has the name of the known model gla"),
-    (["--part=2/2"], "--part = 2/2"), (["--widths=15", "--models=retention"], "heads"),
+    (["--shard=2/2"], "--shard = 2/2"), (["--widths=15", "--models=retention"], "heads"),
 ])
 def test_bad_input(tmp_path, flags, words):
     done = tasks(tmp_path, *flags)
