@@ -39,7 +39,7 @@ from experiments.rows import Rows
 PRESETS = {
     "smoke": dict(sizes=["6e3", "1.2e4", "2.4e4"], budgets=["8e9", "1.6e10", "3.2e10"], window=["0.05", "100"],
                   rates=["1"], seeds=1),
-    "cpu-hour": dict(sizes=["6e3", "1.2e4", "2.4e4", "4.8e4", "9.6e4", "1.92e5", "3.84e5", "7.68e5"],
+    "cpu-hour": dict(sizes=["6e3", "1.2e4", "2.4e4", "4.8e4", "9.6e4", "1.92e5", "3.84e5"],
                      budgets=["3e11", "9e11", "2.7e12", "8.1e12"], window=["1.2", "200"], rates=["0.5", "1", "2", "4"],
                      seeds=1),
 }
