@@ -97,7 +97,8 @@ def write_page(out: Path, checks: Sequence[dict], rows: Sequence[dict], about: M
         report.text("The root mean square of the change since initialisation, at one learning rate for all widths, "
                     "behind each step: the later, the darker. Flat is right: every width learns at one speed.")
         report.figures([show(f"coordinates_{model}_{station}", _coordinates(checks, model, station, words),
-                             _ratios(checks, model, station)) for station, words in STATIONS.items()])
+                             _ratios(checks, model, station)) for station, words in STATIONS.items()
+                        if any(row["model"] == model and row["station"] == station for row in checks)])
     return report.save(out / "index.html")
 
 
