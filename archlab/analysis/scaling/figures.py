@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 
 from archlab.analysis import plots
 from archlab.analysis.accounts import short
-from archlab.analysis.scaling.frontier import Multiplier, optimum
+from archlab.analysis.scaling.frontier import Multiplier, optimum, tried
 from archlab.analysis.scaling.points import Points
 from archlab.analysis.scaling.study import AHEAD, Study
 from archlab.analysis.scaling.words import flops
@@ -37,7 +37,8 @@ def told(points: Points, further: Sequence[str] = ()) -> list[str]:
 
 @plots.styled
 def loss_for_compute(studies: Mapping[str, Study], colours: Mapping[str, str], loss: str) -> Figure:
-    """Loss against training FLOPs: the runs, and the least loss that each law expects of that compute."""
+    """Loss against training FLOPs: the runs, and the least loss that each law expects of that compute: among the sizes
+    that were run, and beyond the largest compute among all."""
     fig, ax = plots.axes("Loss for compute", "training FLOPs", loss, "x")
     C = np.concatenate([study.points.C for study in studies.values()])
     ax.set_xlim(C.min() / 1.4, C.max() * (AHEAD if any(study.fit for study in studies.values()) else 1) * 1.4)
@@ -143,13 +144,14 @@ def shades(colour: str, count: int) -> list[str]:
 
 def _frontier(ax: Axes, study: Study, colour: str, which: int) -> float:
     """Draws optimal N, D or loss over compute with its band; returns the height of its right end."""
-    largest = study.points.C.max()
+    largest, sizes = study.points.C.max(), tried(study.sample) if which == LOSS else None
     C = np.append(np.geomspace(study.points.C.min(), largest, 40), np.geomspace(largest, AHEAD * largest, 14)[1:])
-    middle, seen = optimum(study.fit.theta, C)[which], C <= largest
-    low, high = np.clip(study.band(lambda theta: optimum(theta, C)[which]), 1e-30, 1e30)  # of no end, yet drawn
+    seen, ahead = C <= largest, C >= largest
+    best = lambda theta: np.where(seen, optimum(theta, C, sizes)[which], optimum(theta, C)[which])
+    middle = best(study.fit.theta)
+    low, high = np.clip(study.band(best), 1e-30, 1e30)  # of no end, yet drawn
     ax.fill_between(C, low, high, color=colour, alpha=0.15, linewidth=0)
     ax.plot(C[seen], middle[seen], color=colour)
-    ahead = C >= largest
     ax.plot(C[ahead], middle[ahead], color=colour, linewidth=1.4, linestyle=(0, (3, 2.5)))
     return float(middle[-1])
 

@@ -16,6 +16,7 @@ from archlab.analysis.scaling.laws import DENSE
 
 LEVEL = 0.95
 ASKED = 5  # losses, or budgets, over the common range where none are given
+CHOICES = 50  # sizes among which the one of least compute is looked for
 
 
 def exponents(theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -24,21 +25,40 @@ def exponents(theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return beta / (alpha + beta), alpha / (alpha + beta)
 
 
-def optimum(theta: np.ndarray, C: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(N, D, loss) of the least loss for a compute C, in FLOPs."""
+def optimum(theta: np.ndarray, C: np.ndarray, sizes: tuple[float, float] | None = None) \
+        -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(N, D, loss) of the least loss for a compute C, in FLOPs. sizes: the least and the largest N there is to choose
+    from; any by default."""
     a, b, E, alpha, beta, C = _spread(theta, C)
     with np.errstate(all="ignore"):
         log_G, log_ND, both = (np.log(alpha / beta) + a - b) / (alpha + beta), np.log(C / 6), alpha + beta
         N, D = np.exp(beta / both * log_ND + log_G), np.exp(alpha / both * log_ND - log_G)
-        return N, D, np.exp(E) + np.exp(_log_K(a, b, alpha, beta) - alpha * beta / both * log_ND)
+        if sizes is None:
+            return N, D, np.exp(E) + np.exp(_log_K(a, b, alpha, beta) - alpha * beta / both * log_ND)
+        # At an end where the best size lies beyond it, or where the law has none.
+        choice = np.stack(np.broadcast_arrays(sizes[0], sizes[1], np.clip(N, *sizes)))
+        loss = np.exp(E) + np.exp(a - alpha * np.log(choice)) + np.exp(b - beta * np.log(C / (6 * choice)))
+        best = np.argmin(np.where(np.isnan(loss), np.inf, loss), 0)[None]
+        N, loss = (np.take_along_axis(values, best, 0)[0] for values in (choice, loss))
+        return N, C / (6 * N), loss
 
 
-def compute_for(theta: np.ndarray, loss: np.ndarray) -> np.ndarray:
-    """The least compute in FLOPs with which the law reaches a loss; infinite at or below E."""
+def compute_for(theta: np.ndarray, loss: np.ndarray, sizes: tuple[float, float] | None = None) -> np.ndarray:
+    """The least compute in FLOPs with which the law reaches a loss; infinite where it never does, as at or below E.
+    sizes: as for `optimum`."""
     a, b, E, alpha, beta, loss = _spread(theta, loss)
     with np.errstate(all="ignore"):
         above = np.log(np.maximum(loss - np.exp(E), 0))
-        return 6 * np.exp((_log_K(a, b, alpha, beta) - above) * (alpha + beta) / (alpha * beta))
+        free = 6 * np.exp((_log_K(a, b, alpha, beta) - above) * (alpha + beta) / (alpha * beta))
+        if sizes is None:
+            return free
+        # At N the tokens' term must come down to what E and the parameters' term leave of the loss. Where the best N
+        # of all is among the sizes, it is known; else it is at an end, which the choices hold.
+        N = np.geomspace(*sizes, CHOICES).reshape(-1, *[1] * np.ndim(a + loss))
+        left = loss - np.exp(E) - np.exp(a - alpha * np.log(N))
+        C = 6 * N * np.exp((b - np.log(np.maximum(left, 0))) / beta)
+        best = np.exp((np.log(alpha / beta) + a - b + beta * np.log(free / 6)) / (alpha + beta))
+        return np.where((sizes[0] <= best) & (best <= sizes[1]), free, np.min(np.where(np.isnan(C), np.inf, C), 0))
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +138,8 @@ class Gap(Comparison):
 
 
 def multiplier(a: Sample, b: Sample, losses: Sequence[float] | None = None) -> Multiplier:
-    """The compute of `a` over that of `b` at equal loss on their frontiers.
+    """The compute of `a` over that of `b` at equal loss, each at its best size of those between its smallest and its
+    largest run: so nothing is said of sizes that were not tried.
 
     losses: where to compare; by default five over the range that both reached, which is what their frontiers give
     between the least and the most compute of their runs; empty where there is none in common. A resampled law that
@@ -126,20 +147,20 @@ def multiplier(a: Sample, b: Sample, losses: Sequence[float] | None = None) -> M
     bound and as infinite for the upper. ValueError for losses that not both reached, and for laws other than the dense.
     """
     names = _names(a, b)
-    ends = np.array([optimum(s.fit.theta, [s.fit.points.C.min(), s.fit.points.C.max()])[2] for s in (a, b)])
+    ends = np.array([_loss(s, s.fit.theta, [s.fit.points.C.min(), s.fit.points.C.max()]) for s in (a, b)])
     high, low = ends[:, 0].min(), ends[:, 1].max()
     reached = "; ".join(f"{name} from {ends[i, 0]:.4g} to {ends[i, 1]:.4g}" for i, name in enumerate(names))
     losses = _asked(losses, high, low, np.linspace, "losses", reached)
     if losses is None:
         return Multiplier(*names, *np.empty((4, 0)), f"their frontiers reached no loss in common ({reached})")
     with np.errstate(all="ignore"):
-        ratio = compute_for(a.fit.theta, losses) / compute_for(b.fit.theta, losses)
-        drawn = np.divide(*(compute_for(thetas, losses) for thetas in _paired(a, b)))
+        ratio = np.divide(*(compute_for(s.fit.theta, losses, tried(s)) for s in (a, b)))
+        drawn = np.divide(*(compute_for(thetas, losses, tried(s)) for s, thetas in zip((a, b), _paired(a, b))))
     return Multiplier(*names, losses, ratio, *_interval(drawn, 0))
 
 
 def gap(a: Sample, b: Sample, budgets: Sequence[float] | None = None) -> Gap:
-    """The loss of `a` less that of `b` on their frontiers at equal compute.
+    """The loss of `a` less that of `b` at equal compute, each at its best size of those tried.
 
     budgets: FLOPs; by default five over the range in which both have runs. Otherwise as `multiplier`.
     """
@@ -149,9 +170,18 @@ def gap(a: Sample, b: Sample, budgets: Sequence[float] | None = None) -> Gap:
     budgets = _asked(budgets, ends[:, 0].max(), ends[:, 1].min(), np.geomspace, "budgets", reached)
     if budgets is None:
         return Gap(*names, *np.empty((4, 0)), f"their runs have no range of compute in common ({reached})")
-    difference = optimum(a.fit.theta, budgets)[2] - optimum(b.fit.theta, budgets)[2]
-    drawn = np.subtract(*(optimum(thetas, budgets)[2] for thetas in _paired(a, b)))
+    difference = _loss(a, a.fit.theta, budgets) - _loss(b, b.fit.theta, budgets)
+    drawn = np.subtract(*(_loss(s, thetas, budgets) for s, thetas in zip((a, b), _paired(a, b))))
     return Gap(*names, budgets, difference, *_interval(drawn, -np.inf))
+
+
+def tried(sample: Sample) -> tuple[float, float]:
+    """The least and the largest N that was run."""
+    return float(sample.fit.points.N.min()), float(sample.fit.points.N.max())
+
+
+def _loss(sample: Sample, thetas: np.ndarray, C: np.ndarray) -> np.ndarray:
+    return optimum(thetas, C, tried(sample))[2]
 
 
 def _spread(theta: np.ndarray, asked: np.ndarray) -> tuple[np.ndarray, ...]:

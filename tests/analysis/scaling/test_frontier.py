@@ -16,8 +16,10 @@ BESIROGLU = np.array([*np.log([477.826, 2143.417, 1.81722]), 0.34731, 0.36717])
 
 
 def sample(name, theta, spread=0.0, budgets=(1e18, 1e21), seed=0, draws=400):
-    """Like a bootstrap's: draws about theta."""
-    N, D, loss = optimum(theta, np.array(budgets))
+    """Like a bootstrap's: draws about theta. Its runs' sizes lie on both sides of the best."""
+    N = np.outer([0.03, 1, 30], optimum(theta, np.array(budgets))[0]).ravel()
+    D = np.tile(budgets, 3) / 6 / N
+    loss = DENSE.predict(theta, Points(name, N, D, np.ones(len(N))))
     thetas = theta + spread * np.random.default_rng(seed).normal(size=(draws, 5))
     return SimpleNamespace(fit=SimpleNamespace(points=Points(name, N, D, loss), law=DENSE, theta=theta), thetas=thetas)
 
@@ -167,3 +169,28 @@ def test_the_gap_at_equal_compute():
     np.testing.assert_allclose(found.difference, 1.81722 * np.expm1(-0.02), rtol=1e-9)
     assert (found.low < found.difference).all() and (found.difference < found.high).all() and (found.high < 0).all()
     assert found.verdict.startswith("the loss of a is 0.036 below that of b (-0.0")
+
+
+@pytest.mark.parametrize("sizes", [(1e6, 1e12), (1e6, 3e8), (2e10, 1e12), (5e8, 5e8)])
+def test_the_best_of_some_sizes(sizes):
+    """Against all sizes in a row: the best of them, its loss, and the compute that a loss takes."""
+    N = np.geomspace(*sizes, 20_001)
+    E, A, alpha, B, beta = 1.8172, 482.01, 0.3478, 2085.43, 0.3658
+    theta = np.array([np.log(A), np.log(B), np.log(E), alpha, beta])
+    for C in (1e19, 1e21, 1e23):
+        losses = E + A / N**alpha + B / (C / 6 / N) ** beta
+        best, D, loss = optimum(theta, np.array(C), sizes)
+        assert loss == pytest.approx(losses.min(), rel=1e-8) and D == pytest.approx(C / 6 / best)
+        assert compute_for(theta, np.array(loss), sizes) == pytest.approx(C, rel=1e-3)
+    floor = E + A / sizes[1] ** alpha  # of the largest, however long it is trained
+    assert compute_for(theta, 0.9999 * floor, sizes) == np.inf
+    chosen = compute_for(np.stack([theta, theta]), np.array([2.5, 3.0, 4.0]), sizes)
+    assert chosen.shape == (2, 3)
+
+
+def test_laws_without_an_optimum_have_one_among_sizes():
+    """More parameters only harm, or only help: the smallest, or the largest, is best."""
+    harm = np.array([0.0, np.log(400.0), 0.0, -0.05, 0.3])
+    assert optimum(harm, 1e18, (1e6, 1e9))[0] == 1e6
+    help_ = np.array([np.log(400.0), -np.inf, 0.0, 0.3, 0.3])
+    assert optimum(help_, 1e18, (1e6, 1e9))[0] == 1e9
