@@ -44,6 +44,8 @@ flags.DEFINE_integer("eval_every", 100, "Steps between evaluations; 0 for one at
 flags.DEFINE_integer("eval_batches", 20, "Validation batches an evaluation reads; 0 for all.")
 flags.DEFINE_integer("checkpoint_every", 100, "Steps between checkpoints; 0 for one at the end.")
 flags.DEFINE_integer("keep", 2, "Newest checkpoints to keep.")
+flags.DEFINE_string("branch_from", None, "The folder of a shorter run with --schedule=wsd and equal settings: go on from\n"
+                    "where its learning rate began to fall.")
 flags.DEFINE_string("wandb", None, "A project of Weights & Biases to log to as well.")
 common.define_processes()
 
@@ -72,7 +74,8 @@ def main() -> None:
     try:
         result = train(run, corpus, tokenizer, out=FLAGS.out, mesh=mesh, name=FLAGS.model, log_every=FLAGS.log_every,
                        eval_every=FLAGS.eval_every, eval_batches=FLAGS.eval_batches or None,
-                       checkpoint_every=FLAGS.checkpoint_every, keep=FLAGS.keep, wandb=FLAGS.wandb,
+                       checkpoint_every=FLAGS.checkpoint_every, keep=FLAGS.keep, branch_from=FLAGS.branch_from,
+                       wandb=FLAGS.wandb,
                        flops_per_token=profile(model, FLAGS.context).training.matmul)
     except Diverged as error:
         common.leave(f"{FLAGS.model} {error}", code=3)

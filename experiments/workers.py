@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 
@@ -27,7 +28,9 @@ def shard_of(text: str) -> tuple[int, int]:
 
 def share(module: str, shard: int, shards: int, workers: int) -> None:
     """Runs `python -m module` with this process's flags in `workers` processes, each on its shard of this one's; ends
-    this process where one of them fails."""
+    this process where one of them fails. What ends this process (SIGTERM, Ctrl-C) is passed on to them, and waited
+    for: they save what they have."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
     command, running = [sys.executable, "-m", module, *sys.argv[1:], "--workers=1"], []
     try:
         for i in range(workers):
