@@ -98,8 +98,9 @@ def named(models: list[str], known) -> dict[str, str]:
 def run(main: Callable[[], None]) -> None:
     """Parses flags and calls `main`. Bad input ends with its message and exit code 2, without a traceback."""
     def parse(argv):
-        for flag in flags.FLAGS.flags_by_module_dict().get(__name__, ()):  # --help shows what experiments share, too
-            flags.FLAGS.register_key_flag_for_module(argv[0], flag)
+        for module, shared in flags.FLAGS.flags_by_module_dict().items():
+            for flag in shared if module.startswith("experiments.") else ():  # --help shows what they share, too
+                flags.FLAGS.register_key_flag_for_module(argv[0], flag)
         try:
             rest = flags.FLAGS(argv)
         except flags.UnrecognizedFlagError as error:

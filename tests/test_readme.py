@@ -29,6 +29,9 @@ SMALL = {  # flags that make a command small; what comes last wins
     "recurrence": "--lengths=40 --repeats=1 --heads=2 --groups=1 --keys=8 --values=8",
     "recursion": "--parts=cache,decode --width=64 --blocks=1 --new_tokens=4",
     "depth": "--studies=a --seeds=1",
+    "scaling": "--models=transformer-nano --sizes=6e3,1.2e4,2.4e4 --budgets=6e9,1.2e10,2.4e10 --window=0.001,1000 "
+               "--context=32 --eval_rows=32 --repetitions=10",
+    "transfer": "",
     "bench": "--batch=1 --context=32 --steps=1 --contexts=32 --new_tokens=4 --repeats=1",
 }
 

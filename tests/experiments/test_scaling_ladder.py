@@ -12,7 +12,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--preset=smoke", "--models=transformer-nano,mamba-nano", "--sizes=6e3,1.2e4,2.4e4", "--context=32",
-         "--budgets=6e9,1.2e10,2.4e10", "--window=0.001,1000", "--eval_rows=32", "--repetitions=20", "--checkpoint_every=10"]
+         "--budgets=6e9,1.2e10,2.4e10", "--window=0.001,1000", "--eval_rows=32", "--repetitions=20",
+         "--checkpoint_every=10"]
 TIMED = {"seconds", "tokens_per_second"}
 ONE = ["--run", "--rates=0.5,1", "--models=transformer-nano"]
 
@@ -49,7 +50,7 @@ def whole(tmp_path_factory):
 def test_the_plan_trains_nothing(tmp_path):
     done = run(tmp_path / "out", "--noestimate", "--workers=2")
     assert done.returncode == 0, done.stderr
-    assert "18 runs and 0 more of other learning rates" in done.stdout and "in 2 parts" in done.stdout
+    assert "18 runs and 0 more to try learning rates" in done.stdout and "in 2 parts" in done.stdout
     assert "nothing was trained: --run starts it" in done.stdout and not (tmp_path / "out").exists()
     timed = run(tmp_path / "out", "--models=transformer-nano", "--sizes=6e3")
     assert "hours on this machine" in timed.stdout, timed.stdout + timed.stderr
@@ -94,7 +95,8 @@ def test_killed_and_started_again(whole, tmp_path):
         file.write("transformer-nano,6000.0,3")  # what a process that died while writing leaves
     done = run(out, *ONE)
     assert done.returncode == 0, done.stderr
-    assert sorted(rows(whole, "transformer-nano"), key=key) == sorted((row for row in rows(out) if row["digest"]), key=key)
+    found = [row for row in rows(out) if row["digest"]]
+    assert sorted(rows(whole, "transformer-nano"), key=key) == sorted(found, key=key)
     trained = [line for line in done.stderr.splitlines() if line.startswith("[0/1]")]
     ever = 9 + 6 - 3  # runs and trials, of which one of each size is a run as well
     assert len(trained) == ever - len({row["digest"] for row in before})
