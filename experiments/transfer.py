@@ -16,8 +16,9 @@ sweep.csv, figures and index.html under --out. Called again with more it trains 
 Expected (Yang et al. 2022, arXiv:2203.03466, figures 1 and 5; Dey et al. 2025, arXiv:2505.01618, figure 2): standard,
 the stream moves further the wider the model and the best rate falls, by about half a doubling or more for each doubling
 of the width; with transfer both stay. Over depth the same, less sharply, our initialisation being made for depth.
-docs/transfer.md has what came of it. Cost: --preset=smoke under a minute; cpu some 40 minutes on four busy cores, of which
---models=transformer-tiny --parts=coordinates,width is ten; standard, with models of width 1024, is for an accelerator.
+docs/transfer.md has what came of it. Cost: --preset=smoke a minute of four free cores; cpu some 40 minutes of four
+busy ones, of which --models=transformer-tiny --parts=coordinates,width is ten; standard, with models of width 1024, is
+for an accelerator.
 """
 
 import csv
