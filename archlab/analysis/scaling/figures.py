@@ -104,8 +104,11 @@ def residuals(studies: Mapping[str, Study], colours: Mapping[str, str], against:
     ax.axhline(0, color=plots.MUTED, linewidth=1)
     fitted = {name: study for name, study in studies.items() if study.fit}
     for name, study in fitted.items():
-        x, above = getattr(study.points, against), 100 * np.expm1(study.fit.residuals)
+        x = study.fit.law.sizes(study.points) if against == "N" else getattr(study.points, against)
+        above = 100 * np.expm1(study.fit.residuals)
         words = told(study.points, [f"{value:+.2f}% from the law" for value in above])
+        if against == "N" and x is not study.points.N:  # a law that has its own
+            words = [f"{line}\n{short(size)} parameters by the law's own count" for line, size in zip(words, x)]
         plots.dots(ax, x, above, colours[name], words, size=4.6, alpha=0.7)
         groups = [np.isclose(x, value, rtol=1e-2) for value in _distinct(x)]
         if len(groups) <= len(x) / 2:

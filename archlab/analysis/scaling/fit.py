@@ -17,6 +17,7 @@ from archlab.analysis.scaling.newton import huber, log_loss, minimise, objective
 from archlab.analysis.scaling.points import Points
 
 SAME = 1e-6  # of predicted loss: two optima whose predictions agree to this are one
+PARTS = ("N_once", "N_recurring")  # of the parameters
 METHODS = ("newton", "l-bfgs")
 
 
@@ -134,11 +135,13 @@ def check(points: Points, law: Law) -> None:
         raise ValueError(f"{about} needs the column{'s' * (len(missing) > 1)} {', '.join(missing)}; the points have "
                          f"N, D, loss{''.join(', ' + name for name in points.more)}")
     columns = {"N": points.N, "D": points.D, "loss": points.loss} | {name: points.more[name] for name in law.needs}
-    for name, values in columns.items():
-        wrong = np.flatnonzero(~(np.isfinite(values) & (values > 0)))
+    for name, values in (columns | {"the number of parameters": law.sizes(points)}).items():
+        part = name in PARTS  # which may be empty, as long as all of them are not
+        wrong = np.flatnonzero(~(np.isfinite(values) & ((values >= 0) if part else (values > 0))))
         if wrong.size:
             raise ValueError(f"{points.name}: {name} = {values[wrong[0]]} in {points.labels[wrong[0]]}: must be finite "
-                             f"and above 0 ({wrong.size} of {len(points)} runs are not; leave them out)")
+                             f"and {'not below' if part else 'above'} 0 ({wrong.size} of {len(points)} runs are not; "
+                             "leave them out)")
     if len(points) < len(law.names):
         raise ValueError(f"{about} has {len(law.names)} coefficients and there are {len(points)} runs: must be "
                          f"at least {len(law.names)}, better twice as many")
@@ -149,7 +152,7 @@ def check(points: Points, law: Law) -> None:
             raise ValueError(f"{about} on {different} {name}: must be at least 3, since a power and a constant go "
                              f"through any two, so {exponent} exponent cannot be told")
     for name in law.needs:
-        if name not in ("N_once", "N_recurring") and np.ptp(points.more[name]) == 0:
+        if name not in PARTS and np.ptp(points.more[name]) == 0:
             raise ValueError(f"{about} on {name} = {points.more[name][0]:g} alone: must vary, or its exponents cannot "
                              "be told; fit the dense law")
     if abs(np.corrcoef(sizes, tokens)[0, 1]) > 1 - 1e-9:

@@ -92,7 +92,7 @@ class JointExperts(Law):
     start: float = 1.0
     limit: float = float("inf")
 
-    name, formula = "mixture of experts", "a Ê^delta N^(alpha + gamma ln Ê) + b Ê^omega D^(beta + zeta ln Ê) + c"
+    name, formula = "joint experts", "a Ê^delta N^(alpha + gamma ln Ê) + b Ê^omega D^(beta + zeta ln Ê) + c"
     names, needs = ("a", "b", "c", "alpha", "gamma", "delta", "beta", "zeta", "omega"), ("experts",)
 
     def __post_init__(self):
@@ -144,10 +144,11 @@ class Recursive(Law):
     """L = E + A / (N_once + r^phi N_recurring)^alpha + B / D^beta, of models that pass a part r times (Schwethelm et
     al. 2026, arXiv:2604.21106): at phi = 1 a further pass is worth as much as further parameters, at phi = 0 nothing.
 
-    Columns: N_once and N_recurring, unique parameters outside and inside the recursion; recursions, r.
+    Columns: N_once and N_recurring, unique parameters outside and inside the recursion; recursions, r. Where r = 1 only
+    their sum matters, so that a model without recursion has N_recurring = 0.
     """
 
-    name, formula = "recursion", "E + A / (N_once + r^phi N_recurring)^alpha + B / D^beta"
+    name, formula = "recursive", "E + A / (N_once + r^phi N_recurring)^alpha + B / D^beta"
     names, needs = ("A", "B", "E", "alpha", "beta", "phi"), ("recursions", "N_once", "N_recurring")
 
     def sizes(self, points):
@@ -155,7 +156,8 @@ class Recursive(Law):
 
     def at(self, points):
         one, zero, D = np.ones(len(points)), np.zeros(len(points)), np.log(points.D)
-        once, recurring, r = (np.log(points.more[name]) for name in ("N_once", "N_recurring", "recursions"))
+        with np.errstate(divide="ignore"):  # either part may be empty
+            once, recurring, r = (np.log(points.more[name]) for name in ("N_once", "N_recurring", "recursions"))
 
         def terms(theta):
             A, B, E, alpha, beta, phi = (theta[..., i, None] for i in range(6))

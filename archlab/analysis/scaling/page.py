@@ -17,6 +17,8 @@ from archlab.analysis.scaling import figures
 from archlab.analysis.scaling.frontier import Multiplier, gap
 from archlab.analysis.scaling.laws import DENSE
 from archlab.analysis.scaling.points import Reading
+from archlab.analysis.scaling.pooled import Pooled
+from archlab.analysis.scaling.pooled_page import write_section
 from archlab.analysis.scaling.study import (AHEAD, Study, allocations, by_approach, by_convention, coefficients,
                                             compared, study)
 from archlab.analysis.scaling.words import caveats, flops, headline
@@ -29,14 +31,16 @@ NAMES = (*DENSE.names, "a", "b")
 
 
 def write_page(out: Path, reading: Reading, settings: Mapping[str, object], command: str = "", loss: str = "loss",
-               reference: str | None = None, repetitions: int = 1000, by: str = "residuals") -> Path:
+               reference: str | None = None, repetitions: int = 1000, by: str = "residuals",
+               one_law: Pooled | None = None) -> Path:
     """Fits every architecture's law and writes scaling.html, its figures as PNG, fits.csv and multipliers.csv to `out`.
 
     An architecture that no law can be fitted to is shown with the reason. Returns the page's path.
 
     Args: settings: shown at the end. command: what makes this page again. loss: what the loss is called, with its unit.
       reference: the architecture that others are compared with, by default the first that has a fit. repetitions, by:
-      of the bootstrap. ValueError for a reference that is not there.
+      of the bootstrap. one_law: for all architectures together; it gets a section and pooled.csv. ValueError for a
+      reference that is not there.
     """
     studies = {name: study(points, repetitions, by) for name, points in reading.points.items()}
     reference = _reference(studies, reference)
@@ -55,6 +59,8 @@ def write_page(out: Path, reading: Reading, settings: Mapping[str, object], comm
     _compare(page, studies, found, reference, loss, drawn, colours)
     _isoflop(page, studies, drawn, colours)
     _laws(page, studies, fits, drawn, colours)
+    if one_law:
+        write_section(page, one_law, colours, out)
     _optima(page, studies, drawn, colours)
     page.section("What this shows, and what it does not")
     for line in caveats(studies, found):

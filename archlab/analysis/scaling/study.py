@@ -14,6 +14,7 @@ from archlab.analysis.scaling.fit import Fit, fit
 from archlab.analysis.scaling.frontier import LEVEL, Multiplier, exponents, multiplier, optimum
 from archlab.analysis.scaling.holdout import Holdout, holdout
 from archlab.analysis.scaling.isoflop import Parabola, parabolas, power_laws
+from archlab.analysis.scaling.laws import DENSE, Law
 from archlab.analysis.scaling.points import Points
 
 AHEAD = 10.0  # how far beyond the largest compute a law is asked, and then flagged
@@ -44,12 +45,12 @@ class Study:
         return float(np.sqrt(np.sum(self.fit.residuals**2) / free)) if free > 0 else float("nan")
 
 
-def study(points: Points, repetitions: int = 1000, by: str = "residuals", seed: int = 0) -> Study:
-    """Fits the dense law to the points, and resamples it `repetitions` times `by` runs or residuals. ValueError for
-    settings that `bootstrap` does not have."""
-    curves = parabolas(points)
+def study(points: Points, repetitions: int = 1000, by: str = "residuals", seed: int = 0, law: Law = DENSE) -> Study:
+    """Fits the law to the points, and resamples it `repetitions` times `by` runs or residuals. ValueError for settings
+    that `bootstrap` does not have."""
+    curves = parabolas(points) if law == DENSE else ()  # of N and D alone
     try:
-        fitted = fit(points)
+        fitted = fit(points, law)
     except ValueError as error:
         return Study(points, parabolas=curves, refused=str(error))
     if by == "residuals" and len(points) <= len(fitted.theta):
@@ -57,7 +58,7 @@ def study(points: Points, repetitions: int = 1000, by: str = "residuals", seed: 
                      "no residuals to resample, and so no interval: must be more runs")
     sample = bootstrap(fitted, repetitions, by=by, seed=seed)
     try:
-        held, unheld = holdout(points), ""
+        held, unheld = holdout(points, law), ""
     except ValueError as error:
         held, unheld = None, str(error)
     return Study(points, fitted, sample, held, curves, unheld=unheld)

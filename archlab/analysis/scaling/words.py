@@ -32,7 +32,7 @@ def caveats(studies: Mapping[str, Study], found: Mapping[str, Multiplier]) -> li
     """Paragraphs: what was seen, by range and by seeds; how well the laws hold; what they leave open."""
     fitted = {name: one for name, one in studies.items() if one.fit}
     lines = [_seen([one.points for one in studies.values()], bool(fitted)), _seeds(studies)]
-    lines += [f"`{name}`: " + "; ".join(_held(one) + _open(one)) + "." for name, one in fitted.items()]
+    lines += [f"`{name}`: " + "; ".join(held(one) + _open(one)) + "." for name, one in fitted.items()]
     lines += [f"`{name}`: {_minima(one)}." for name, one in studies.items() if _minima(one)]
     lines += [line for name, m in found.items() if (line := _trend(name, m))]
     lines.append("Compute is counted in FLOPs of training by the convention named below; time, memory and the speed of "
@@ -61,7 +61,7 @@ def _seeds(studies: Mapping[str, Study]) -> str:
         f"{count} of `{name}`" for name, count in repeated.items() if count) + "."
 
 
-def _held(one: Study) -> list[str]:
+def held(one: Study) -> list[str]:
     """How far runs lie from their law, those that it has seen and those that it has not."""
     spread = one.spread()
     lines = [f"runs lie {spread:.2%} from the law (standard deviation)" if np.isfinite(spread) else
