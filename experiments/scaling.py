@@ -64,8 +64,8 @@ flags.DEFINE_integer("checkpoint_every", 1000, "Steps between checkpoints, besid
 flags.DEFINE_string("mesh", None, "Devices by axis, as data:2,fsdp:4. All on data.")
 flags.DEFINE_bool("estimate", True, "Times a few steps of the smallest and the largest size for the plan.")
 flags.DEFINE_enum("convention", "counted", CONVENTIONS, "What N is, and C = 6 N D with it.")
-flags.DEFINE_string("law", "dense", "joint-experts, fine-grained-experts or recursive fit one law to all architectures\n"
-                    "together, too: mixtures of several numbers of experts, models of several recursions.")
+flags.DEFINE_string("law", "dense", "joint-experts, fine-grained-experts or recursive: also one law for all, such as\n"
+                    "mixtures of several numbers of experts, or models of several recursions.")
 flags.DEFINE_string("reference", None, "The architecture that the others are compared with; the first by default.")
 flags.DEFINE_string("loss", "loss", "With --csv: the column that holds the loss.")
 flags.DEFINE_integer("repetitions", 1000, "Of the bootstrap.")
@@ -169,7 +169,8 @@ def _page(out: Path, tables: list) -> None:
     page = write_page(out, reading, settings, "python -m experiments.scaling " + " ".join(sys.argv[1:]),
                       "loss" if FLAGS.csv else "bits per byte", FLAGS.reference, FLAGS.repetitions, FLAGS.by,
                       one_law)
-    print(f"\npictures: {page}\nfigures: {out / 'fits.csv'}, {out / 'multipliers.csv'}")
+    written = ("fits.csv", "multipliers.csv", *["pooled.csv"] * bool(one_law))
+    print(f"\npictures: {page}\nfigures: {', '.join(str(out / name) for name in written)}")
     if one_law and one_law.study.refused:
         raise ValueError(f"--law = {FLAGS.law}: {one_law.study.refused}; all else is on the page")
 

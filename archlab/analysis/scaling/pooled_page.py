@@ -55,11 +55,10 @@ def write_section(page: Report, one: Pooled, colours: Mapping[str, str], out: Pa
 def findings(one: Pooled) -> list[str]:
     """Paragraphs: what the law says in its field's terms, and how well it holds."""
     lines = {JOINT_EXPERTS: _of_experts, FINE_GRAINED: _of_granularity, RECURSIVE: _of_recursion}[one.law](one)
-    fit = one.study.fit
-    said = held(one.study)
+    fit, said = one.study.fit, held(one.study)
     if fit.absent:
-        said.append(f"the fit has no use for {' and '.join(fit.absent)}: the runs show no such term, and the other "
-                    "coefficients in it mean nothing")
+        said.append(f"the fit has no use for {' and '.join(fit.absent)}: these runs show no such term, and tell "
+                    "nothing of an exponent in it")
     if fit.arrived < 0.5:
         said.append(f"only {fit.arrived:.0%} of the searches ended at this optimum")
     return [*lines, f"How well it holds: {'; '.join(said)}."]
@@ -68,7 +67,6 @@ def findings(one: Pooled) -> list[str]:
 def _of_recursion(one: Pooled) -> list[str]:
     phi = next(row for row in coefficients(one) if row["coefficient"] == "phi")
     low, high = phi["low"], phi["high"]
-    interval = f"{low:.2f} to {high:.2f}"
     nothing, whole = low <= 0 <= high, low <= 1 <= high
     verdict = ("undetermined: its interval holds 0 as well as 1" if nothing and whole else
                "not told apart from 0: these runs do not show that a further recursion is worth anything"
@@ -78,16 +76,17 @@ def _of_recursion(one: Pooled) -> list[str]:
                "above 1: more than unshared parameters would be worth, so that the models differ in more than r"
                if low > 1 else
                "between the two: a further recursion is worth something, and less than unshared parameters")
-    other = "holds" if low <= PUBLISHED_PHI <= high else "does not hold"
-    most = float(one.study.points.more["recursions"].max())
-    value, least, greatest = worth(one, most)
-    return [f"r recursions are worth r^phi times as many recurring parameters, with phi = {phi['value']:.2f} "
-            f"({interval}). At phi = 1 they are as good as unshared parameters, at 0 worth nothing. Here phi is "
-            f"{verdict}.",
-            f"{most:.3g} recursions count as {value:.3g} ({least:.3g} to {greatest:.3g}) times the recurring "
-            f"parameters, for {most:.3g} times their compute. {_saved(one)}",
-            f"Schwethelm et al. report phi = {PUBLISHED_PHI} over 116 runs with r from 1 to 8; the interval here "
-            f"{other} that. phi takes in all that differs between the models, depth and learning rate too."]
+    lines = [f"r recursions are worth r^phi times as many recurring parameters, with phi = {phi['value']:.2f} "
+             f"({low:.2f} to {high:.2f}). At phi = 1 they are as good as unshared parameters, at 0 worth nothing. Here "
+             f"phi is {verdict}.", _saved(one)]
+    if not (nothing and whole):
+        most = float(one.study.points.more["recursions"].max())
+        value, least, greatest = worth(one, most)
+        other = "holds" if low <= PUBLISHED_PHI <= high else "does not hold"
+        lines.append(f"{most:.3g} recursions count as {value:.3g} ({least:.3g} to {greatest:.3g}) times the recurring "
+                     f"parameters, for {most:.3g} times their compute. Schwethelm et al. report phi = {PUBLISHED_PHI} "
+                     f"over 116 runs with r from 1 to 8; the interval here {other} that.")
+    return [*lines, "phi takes in all that differs between the models, depth and learning rate too."]
 
 
 def _of_experts(one: Pooled) -> list[str]:
