@@ -87,17 +87,20 @@ def test_settings_are_differences_of_the_law_at_equal_parameters():
     assert [row["saved"] for row in rows] == pytest.approx([loss[0] - x for x in loss], abs=1e-6)
 
 
-def test_the_best_number_of_experts_is_that_of_a_search():
-    parts = several(JOINT_EXPERTS, (1, 2, 8), noise=0.001)
-    a, b, c, alpha, gamma, delta, beta, zeta, omega = TRUTHS[JOINT_EXPERTS]
-    for row in best_experts(pooled(parts, JOINT_EXPERTS, repetitions=50)):
+@pytest.mark.parametrize("omega, told", [(0.2, {8}), (0.9, {1}), (0.3, {2, 8})])
+def test_the_best_number_of_experts_is_that_of_a_search(omega, told):
+    theta = [*TRUTHS[JOINT_EXPERTS][:8], omega]
+    a, b, c, alpha, gamma, delta, beta, zeta, _ = theta
+    found = set()
+    for row in best_experts(pooled(several(JOINT_EXPERTS, (1, 2, 8), noise=1e-5, theta=theta), JOINT_EXPERTS, 20)):
         N = np.geomspace(1e6, 3e7, 2000)
         D, best = row["FLOPs"] / (6 * N), {}
         for x in (1, 2, 8):
-            loss = np.exp(a) * x**delta * N ** (alpha + gamma * np.log(x)) + np.exp(b) * x**omega * D ** (
-                beta + zeta * np.log(x)) + np.exp(c)
-            best[x] = loss.min()
-        assert row["low"] <= min(best, key=best.get) <= row["high"] and 0 < row["agree"] <= 1
+            size, data = N ** (alpha + gamma * np.log(x)), D ** (beta + zeta * np.log(x))
+            best[x] = (np.exp(a) * x**delta * size + np.exp(b) * x**omega * data + np.exp(c)).min()
+        assert row["experts"] == min(best, key=best.get) and row["low"] <= row["experts"] <= row["high"]
+        found.add(row["experts"])
+    assert found == told
 
 
 def test_experts_that_change_nothing_are_not_told_apart():
