@@ -37,20 +37,20 @@ class Mamba3(LayerConfig):
     """The layer, with one input and output for each state (SISO, rank 1) or R of them (MIMO).
 
     state: N. head_size: P; there are H = expand * D / P heads. groups: G, of heads that share keys and queries up to
-    their biases. expand: values are `expand` times as wide as the stream. rank: R. rotated: the share of the N channels
-    that turn; 0 for a real state, which cannot follow parity. form: of the recurrence; None to choose.
+    their biases. expand: values are `expand` times as wide as the stream. mimo_rank: R. rotated: the share of the N
+    channels that turn; 0 for a real state, which cannot follow parity. form: of the recurrence; None to choose.
     """
 
     state: int = 128
     head_size: int = 64
     groups: int = 1
     expand: int = 2
-    rank: int = 1
+    mimo_rank: int = 1
     rotated: float = 0.5
     form: Form | None = None
 
     def __post_init__(self):
-        for field in ("state", "head_size", "groups", "expand", "rank"):
+        for field in ("state", "head_size", "groups", "expand", "mimo_rank"):
             require(getattr(self, field) >= 1, self, field, "must be at least 1")
         require(0 <= self.rotated <= 1, self, "rotated", "must be a share, from 0 to 1")
 
@@ -87,7 +87,7 @@ class Mamba3Module(Layer):
     Traces: step_size [B, T], the mean step over heads; trapezoid [B, T], the mean of l."""
 
     def __init__(self, config: Mamba3, rngs: nnx.Rngs, at: Place):
-        D, P, N, R, G, self.config = at.width, config.head_size, config.state, config.rank, config.groups, config
+        D, P, N, R, G, self.config = at.width, config.head_size, config.state, config.mimo_rank, config.groups, config
         H, A = config.expand * D // P, int(N * config.rotated) // 2
         ones, uniform = nnx.initializers.ones, lambda n: lambda *a: jax.random.uniform(*a, -1, 1) * n**-0.5
         into = lambda letters, *shape: parameter(rngs, f"D->{letters}", (D, *shape), uniform(D))

@@ -249,7 +249,7 @@ def mamba2(c, D, T):
 @formula("Mamba3")
 def mamba3(c, D, T):
     """R vectors a token take R places in a chunk; a token's own keys are read apart, for R > 1 those behind too."""
-    F, N, P, R = c.expand * D, c.state, c.head_size, c.rank
+    F, N, P, R = c.expand * D, c.state, c.head_size, c.mimo_rank
     H = F // P
     projected = D * (2 * F + 2 * c.groups * R * N + 3 * H + int(N * c.rotated) // 2) + F * D
     own = (1 if R == 1 else 2) * H * R * R * (N + P)

@@ -44,14 +44,15 @@ def reference(w, x):
 
 @pytest.mark.parametrize("config", [
     Mamba3(state=6, head_size=4), Mamba3(state=6, head_size=4, groups=2, rotated=0.8, form=Chunked(4)),
-    Mamba3(state=4, head_size=8, rank=3, rotated=1.0), Mamba3(state=4, head_size=8, rank=2, rotated=0, form=Chunked(4)),
+    Mamba3(state=4, head_size=8, mimo_rank=3, rotated=1.0),
+    Mamba3(state=4, head_size=8, mimo_rank=2, rotated=0, form=Chunked(4)),
 ], ids=["siso", "groups", "mimo", "real-mimo"])
 def test_mamba3_is_the_papers(float64, config):
     check(config, reference)
 
 
 def test_published_initialisation():
-    module = Mamba3(state=8, rank=4).build(nnx.Rngs(0), Place(512, 0, 4))
+    module = Mamba3(state=8, mimo_rank=4).build(nnx.Rngs(0), Place(512, 0, 4))
     p = parameters_of(module)
     assert p["key"].shape == (512, 1, 4, 8) and p["angle"].shape == (512, 2)
     for name in ("key_bias", "query_bias", "skip", "spread_gate"):

@@ -33,7 +33,8 @@ from archlab.training.optimizers import Optimizer
 from archlab.training.run import Run
 from archlab.training.transfer import transfer
 
-GROWING = ("hidden", "heads", "kv_heads", "rank", "dt_rank")  # fields in proportion to the width; no head size
+# Fields that grow with the width; head sizes stay.
+GROWING = ("hidden", "heads", "kv_heads", "rank", "query_rank", "dt_rank")
 TOLERANCE = 0.2  # how far from its size a rung may lie: narrow widths lie far apart
 TRANSFERS = {"none": None, "mup": 0.0, "completep": 1.0}  # the power of depth by which residual branches shrink
 
