@@ -44,8 +44,8 @@ flags.DEFINE_integer("eval_every", 100, "Steps between evaluations; 0 for one at
 flags.DEFINE_integer("eval_batches", 20, "Validation batches an evaluation reads; 0 for all.")
 flags.DEFINE_integer("checkpoint_every", 100, "Steps between checkpoints; 0 for one at the end.")
 flags.DEFINE_integer("keep", 2, "Newest checkpoints to keep.")
-flags.DEFINE_string("branch_from", None, "The folder of a shorter run with --schedule=wsd, as many steps of warm-up, and\n"
-                    "else the same: go on from where its learning rate began to fall.")
+flags.DEFINE_string("branch_from", None, "The folder of a shorter run with --schedule=wsd, as many warm-up steps, and\n"
+                    "else the same settings: go on from where its learning rate began to fall.")
 flags.DEFINE_string("wandb", None, "A project of Weights & Biases to log to as well.")
 common.define_processes()
 
