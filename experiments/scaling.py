@@ -28,7 +28,7 @@ from absl import flags
 from archlab.analysis.conventions import CONVENTIONS
 from experiments import common, scaling_plan, workers
 from experiments.rows import Rows
-from experiments.scaling_runs import FIELDS, Climb, Ladder, part_of, rates_at, say
+from experiments.scaling_runs import FIELDS, Climb, Ladder, Once, rates_at, say
 
 PRESETS = {
     "smoke": dict(sizes=["6e3", "1.2e4", "2.4e4"], budgets=["8e9", "1.6e10", "3.2e10"], window=["0.05", "100"],
@@ -95,13 +95,22 @@ def main() -> None:
     climbs = _climbs()
     if not FLAGS.run:
         return scaling_plan.show(climbs, shards)
+    rows = Rows(out / "results.csv", FIELDS)
+    if FLAGS.transfer != "none" and not FLAGS.part:  # all sizes wait for the rates of the smallest
+        ladder = _ladder(climbs if shard == 0 else [], rows, shard, shards)
+        for first in dict.fromkeys(rates_at(climbs, climb) for climb in climbs):
+            ladder.best(first, Once(first, ladder.tokenizer))
     if FLAGS.workers > 1:
-        workers.share("experiments.scaling", shard, shards, FLAGS.workers)
+        costs = [climb.flops for climb in climbs[shard::shards]]  # one climb a part: who is free takes the next
+        costs += [0.0] * (-(-len(climbs) // shards) - len(costs))
+        workers.share("experiments.scaling", shard, shards, FLAGS.workers, costs)
     else:
-        _train(climbs, shard, shards, Rows(out / "results.csv", FIELDS))
+        ladder = _ladder(climbs[shard::shards], rows, shard, shards)
+        for climb in ladder.climbs:
+            ladder.climb(climb, rates_at(climbs, climb))
     if shards == 1:
         _page(out, [out / "results.csv"])
-    else:
+    elif not FLAGS.part:
         say(f"shard {shard} of {shards} is done; the page of all: python -m experiments.scaling "
             f"--csv={out / 'results.csv'} --out={out}")
 
@@ -143,15 +152,12 @@ def _climbs() -> list[Climb]:
     return sorted(climbs, key=lambda climb: climb.flops, reverse=True)
 
 
-def _train(climbs: list[Climb], shard: int, shards: int, rows: Rows) -> None:
+def _ladder(climbs: list[Climb], rows: Rows, shard: int, shards: int) -> Ladder:
     from archlab.data import load_corpus, tokenizer_from
 
     corpus = load_corpus(FLAGS.data)
     Path(FLAGS.out).mkdir(parents=True, exist_ok=True)
-    mine = part_of(climbs, shard, shards)
-    ladder = Ladder(mine, corpus, tokenizer_from(FLAGS.tokenizer, corpus), rows, f"{shard}/{shards}")
-    for climb in mine:
-        ladder.climb(climb, rates_at(climbs, climb))
+    return Ladder(climbs, corpus, tokenizer_from(FLAGS.tokenizer, corpus), rows, f"{shard}/{shards}")
 
 
 def _page(out: Path, tables: list) -> None:

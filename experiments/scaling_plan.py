@@ -7,7 +7,7 @@ import time
 from absl import flags
 
 from experiments import common, workers
-from experiments.scaling_runs import Climb, Once, part_of, rates_at, say
+from experiments.scaling_runs import Climb, Once, rates_at, say
 
 FLAGS = flags.FLAGS
 
@@ -43,11 +43,13 @@ def show(climbs: list[Climb], shards: int) -> None:
     print(f"\n{runs} runs and {trials} more to try learning rates, {sum(c.flops for c in climbs):.3g} FLOPs, in "
           f"{parts} part{'s' if parts > 1 else ''}")
     if speeds:
-        hours = [sum(climb.flops / speeds[climb.rung][0] for climb in part_of(climbs, i, parts)) / 3600
-                 for i in range(parts)]
-        print(f"about {max(hours):.2g} hours on this machine" + (f", each part on {1 / FLAGS.workers:.0%} of its cores"
-              if FLAGS.workers > 1 else "") + ", as a few steps of the smallest and largest sizes went just now; "
-              "compilation and evaluation come on top")
+        hours = [[0.0] * FLAGS.workers for _ in range(shards)]
+        for i, climb in enumerate(climbs):  # the dearest first: who is free takes the next of its shard
+            own = hours[i % shards]
+            own[own.index(min(own))] += climb.flops / speeds[climb.rung][0] / 3600
+        cores = f", each worker on {1 / FLAGS.workers:.0%} of its cores" if FLAGS.workers > 1 else ""
+        print(f"about {max(map(max, hours)):.2g} hours on this machine{cores}, as a few steps of the smallest and the "
+              "largest sizes went just now; compilation and evaluation come on top")
     print("nothing was trained: --run starts it")
 
 

@@ -60,7 +60,7 @@ class Ladder:
     def climb(self, climb: Climb, first: Climb) -> None:
         """All runs of a size. first: the size at which rates are tried."""
         programs = Once(climb, self.tokenizer)
-        factor = self._best(climb, first, programs)
+        factor = self.best(first, programs if first is climb else Once(first, self.tokenizer))
         for seed in range(climb.seeds):
             before = self._folder(climb, climb.trial, factor, seed)
             for budget in climb.budgets:
@@ -71,12 +71,11 @@ class Ladder:
                     break
                 before = self._folder(climb, budget, factor, seed)
 
-    def _best(self, climb: Climb, first: Climb, programs: "Once") -> float:
-        """The factor of the learning rate with the lowest loss at the size where rates are tried: this one, or with
-        transfer the architecture's smallest."""
+    def best(self, first: Climb, programs: "Once") -> float:
+        """The factor of the learning rate with the lowest loss at the size where rates are tried. Where that is the
+        work of another process, its runs leave rows here too, but no folders: two must not write into one."""
         if len(first.rates) == 1:
             return first.rates[0]
-        programs = programs if first is climb else Once(first, self.tokenizer)
         tried = {factor: self._row(first, first.trial, factor, 0, "trial", None, programs)
                  for factor in first.rates}
         best = min(tried, key=lambda factor: tried[factor]["loss"] if not tried[factor]["diverged"] else math.inf)
@@ -99,8 +98,8 @@ class Ladder:
             row = twin | {"role": role}  # the rate that was taken: its trial is the run
             self._keep(row)
         if row is None:
-            row = self._train(climb, run, budget, factor, role, before, programs, digest,
-                              self._folder(climb, budget, factor, seed))
+            folder = self._folder(climb, budget, factor, seed) if climb in self.climbs else None
+            row = self._train(climb, run, budget, factor, role, before, programs, digest, folder)
             self._keep(row)
         return row
 
@@ -109,7 +108,7 @@ class Ladder:
         self.done[row["digest"], row["role"]] = row
 
     def _train(self, climb: Climb, run, budget: float, factor: float, role: str, before: Path | None, programs: "Once",
-               digest: str, folder: Path) -> dict:
+               digest: str, folder: Path | None) -> dict:
         import jax
 
         from archlab.layers.config import from_json
@@ -118,10 +117,12 @@ class Ladder:
 
         rung = climb.rung
         name = f"{rung.name} {rung.size:.2g} params, {budget:.2g} FLOPs, rate {run.optimizer.learning_rate:.2g}"
-        if folder.is_dir() and not _same(folder, run):
+        if folder is not None and not _same(folder, run):
             raise ValueError(f"{folder} holds a run of other settings: give another --out, or remove it")
-        trunk = before if before not in (None, folder) and (before / "checkpoints").is_dir() else None
-        begun = from_json((trunk / "config.json").read_text()).branches_at if trunk else 0
+        trunk, begun = None, 0
+        if before is not None and before != folder and (before / "config.json").is_file():
+            begun = from_json((before / "config.json").read_text()).branches_at
+            trunk = before if (before / "checkpoints" / str(begun)).is_dir() else None  # there once it is whole
         began = time.perf_counter()
         try:
             result = train(run, self.corpus, self.tokenizer, out=folder, mesh=programs.mesh, name=name, keep=1,
@@ -133,7 +134,7 @@ class Ladder:
         except Diverged as error:
             say(f"{name}: {error}")
             found = dict(loss=math.nan, train_loss=math.nan, diverged=True, tokens_per_second=0.0)
-        self.trained += (run.steps - begun) * rung.batch * rung.context * rung.flops_per_token
+        self.trained += (run.steps - (begun if trunk else 0)) * rung.batch * rung.context * rung.flops_per_token
         self.spent += time.perf_counter() - began
         left = self.spent / self.trained * max(self.all - self.trained, 0)
         say(f"[{self.shard}] {name}: {found['loss']:.3f} bits/byte; {left / 60:.0f} min left")
@@ -163,17 +164,6 @@ class Once:
             with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
                 self.programs = Programs(run, self.tokenizer.bytes_per_token, self.mesh)
         return self.programs
-
-
-def part_of(climbs: list[Climb], shard: int, shards: int) -> list[Climb]:
-    """The shard's part: each climb, the dearest first, goes to who has least. All shards find the same."""
-    loads, mine = [0.0] * shards, []
-    for climb in climbs:
-        least = loads.index(min(loads))
-        loads[least] += climb.flops
-        if least == shard:
-            mine.append(climb)
-    return mine
 
 
 def rates_at(climbs: list[Climb], climb: Climb) -> Climb:

@@ -112,7 +112,7 @@ def main() -> None:
     if not FLAGS.train:
         shards = 1
     elif FLAGS.workers > 1:
-        workers.share("experiments.tasks", shard, shards, FLAGS.workers)
+        workers.share("experiments.tasks", shard, shards, FLAGS.workers, [1.0] * FLAGS.workers)
     else:
         _train(cells[shard::shards], tasks, rates, seeds, results)
     if shards == 1:

@@ -5,6 +5,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
 
 from absl import flags
 
@@ -16,6 +18,7 @@ def define_workers() -> None:
     flags.DEFINE_integer("workers", 1, "Processes that share the work, on as many parts of the machine's cores.")
     flags.DEFINE_string("shard", "0/1", "I/N: this process does the I-th of N parts of the work, from 0, for arrays\n"
                         "of jobs and several machines.")
+    flags.DEFINE_bool("part", False, "Of processes that another one began to share its work.")
 
 
 def shard_of(text: str) -> tuple[int, int]:
@@ -26,25 +29,41 @@ def shard_of(text: str) -> tuple[int, int]:
     return int(first), int(count)
 
 
-def share(module: str, shard: int, shards: int, workers: int) -> None:
-    """Runs `python -m module` with this process's flags in `workers` processes, each on its shard of this one's; ends
-    this process where one of them fails. What ends this process (SIGTERM, Ctrl-C) is passed on to them, and waited
-    for: they save what they have."""
+def share(module: str, shard: int, shards: int, workers: int, costs: Sequence[float]) -> None:
+    """Runs `python -m module` with this process's flags for each part of this shard's work, `workers` at a time, each
+    on its share of the cores; ends this process where one of them fails.
+
+    costs: of the parts, the dearest first; the part i is the shard `shard + shards * i` of `shards * len(costs)`. What
+    ends this process (SIGTERM, Ctrl-C) is passed on to them, and waited for: they save what they have.
+    """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
-    command, running = [sys.executable, "-m", module, *sys.argv[1:], "--workers=1"], []
+    waiting, running, code = list(range(len(costs))), {}, 0
+    began, done = time.monotonic(), 0.0
     try:
-        for i in range(workers):
-            flag = f"--shard={shard + shards * i}/{shards * workers}"
-            with cores(i, workers):  # which a process begun here inherits
-                running.append(subprocess.Popen([*command, flag]))
-        codes = [process.wait() for process in running]
+        while (waiting and not code) or running:
+            free = [place for place in range(workers) if place not in running] if not code else []
+            for place, part in zip(free, waiting[:len(free)]):
+                waiting.remove(part)
+                flag = f"--shard={shard + shards * part}/{shards * len(costs)}"
+                with cores(place, workers):  # which a process begun here inherits
+                    running[place] = part, subprocess.Popen([sys.executable, "-m", module, *sys.argv[1:], "--workers=1",
+                                                             "--part", flag])
+            time.sleep(0.1)
+            for place, (part, process) in list(running.items()):
+                if process.poll() is not None:
+                    del running[place]
+                    code, done = code or process.returncode, done + costs[part]
+                    left = (time.monotonic() - began) * (sum(costs) / done - 1) / 60
+                    ended = len(costs) - len(waiting) - len(running)
+                    print(f"{ended} of {len(costs)} parts are done, about {left:.0f} min left", file=sys.stderr,
+                          flush=True)
     finally:
-        for process in running:
+        for _, process in running.values():
             process.terminate()
-        for process in running:
+        for _, process in running.values():
             process.wait()
-    if any(codes):
-        common.leave("a worker failed; what it said stands above, and the same command goes on", max(codes))
+    if code:
+        common.leave("a worker failed; what it said stands above, and the same command goes on", code)
 
 
 @contextlib.contextmanager
