@@ -20,6 +20,7 @@ Expected, and cost: docs/scaling.md. On four CPU cores --preset=smoke takes 1 to
 an hour.
 """
 
+import csv
 import sys
 from pathlib import Path
 
@@ -163,22 +164,38 @@ def _ladder(climbs: list[Climb], rows: Rows, shard: int, shards: int) -> Ladder:
 def _page(out: Path, tables: list) -> None:
     from archlab.analysis.scaling.laws import DENSE
     from archlab.analysis.scaling.page import write_page
-    from archlab.analysis.scaling.points import read_points
+    from archlab.analysis.scaling.points import AS_GIVEN, read_points
     from archlab.analysis.scaling.pooled import law_named, pooled
 
     reading = read_points(tables, FLAGS.convention, FLAGS.loss)
-    settings = {} if FLAGS.csv else {
-        **{name: ", ".join(_given(name)) for name in ("sizes", "budgets", "window", "rates")},
-        "seeds": _given("seeds"), "transfer": FLAGS.transfer}
+    own = AS_GIVEN not in reading.about["convention"]
+    settings = {"best rate at the edge of those tried": _at_edge(tables)} if own else {}
+    if not FLAGS.csv:
+        settings |= {**{name: ", ".join(_given(name)) for name in ("sizes", "budgets", "window", "rates")},
+                     "seeds": _given("seeds"), "transfer": FLAGS.transfer}
     law = law_named(FLAGS.law)
     one_law = None if law == DENSE else pooled(reading.points, law, FLAGS.repetitions, FLAGS.by)
     page = write_page(out, reading, settings, "python -m experiments.scaling " + " ".join(sys.argv[1:]),
-                      "loss" if FLAGS.csv else "bits per byte", FLAGS.reference, FLAGS.repetitions, FLAGS.by,
+                      "bits per byte" if own else FLAGS.loss, FLAGS.reference, FLAGS.repetitions, FLAGS.by,
                       one_law)
     written = ("fits.csv", "multipliers.csv", *["pooled.csv"] * bool(one_law))
     print(f"\npictures: {page}\nfigures: {', '.join(str(out / name) for name in written)}")
     if one_law and one_law.study.refused:
         raise ValueError(f"--law = {FLAGS.law}: {one_law.study.refused}; all else is on the page")
+
+
+def _at_edge(tables: list) -> str:
+    """At how many sizes the learning rate that was taken is the least or the largest of those tried: there a better one
+    may lie beyond."""
+    tried, taken = {}, {}
+    for row in (row for table in tables for row in csv.DictReader(Path(table).read_text().splitlines())):
+        size, factor = (row.get("architecture"), row.get("size"), row.get("transfer")), row.get("factor")
+        if row.get("role") == "trial" and factor:
+            tried.setdefault(size, set()).add(float(factor))
+        elif factor:
+            taken[size] = float(factor)
+    at_edge = [size for size in tried.keys() & taken.keys() if taken[size] in (min(tried[size]), max(tried[size]))]
+    return f"at {len(at_edge)} of {len(tried)} sizes" if tried else "one rate only was tried"
 
 
 def _given(flag: str):
