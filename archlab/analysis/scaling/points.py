@@ -19,11 +19,13 @@ import numpy as np
 
 from archlab.layers.config import near
 
-SAME = ("corpus", "tokenizer", "context")  # losses can stand in one fit only where these agree
+UNITS = ("corpus", "tokenizer", "context")  # losses can stand in one fit only where these agree
+SAME = (*UNITS, "transfer", "eval_rows")  # ... and these, in tables that have them
 NAMES = {"N": ("n", "params", "model size"), "D": ("d", "tokens"), "C": ("c", "flop", "flops", "training flop"),
          "architecture": ("architecture", "model")}
 FURTHER = ("experts", "active_experts", "granularity", "recursions", "N_once", "N_recurring")  # of extended laws
 AS_GIVEN = "as the table gives it"
+ALIKE = 1e-6  # costs no further apart, in relative terms, are one: tables round them
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,10 +106,20 @@ class _Row:
     budget: float
 
     @property
+    def place(self) -> tuple:
+        """What the runs of one model and seed at one budget have in common, whatever their learning rate."""
+        cost = self.D if math.isnan(self.budget) else self.budget
+        return self.architecture, self.cells.get("size"), self.N, cost, self.cells.get("seed")
+
+    @property
     def key(self) -> tuple:
         """What two rows of one run have in common. Tables of others may not say the seed: then the loss tells."""
-        size, seed = self.cells.get("size") or self.N, self.cells.get("seed") or self.loss
-        return self.architecture, size, seed, self.D if math.isnan(self.budget) else self.budget
+        return self.place if self.cells.get("seed") else (*self.place, self.loss)
+
+    @property
+    def rate(self) -> float:
+        """The learning rate, nan where the table does not say."""
+        return _number(self.cells.get("learning_rate"))
 
     @property
     def label(self) -> str:
@@ -122,14 +134,14 @@ def read_points(paths: str | Path | Sequence[str | Path], convention: str = "cou
     Columns, in any case: of experiments.scaling, N by convention ("N:counted", ...) and tokens; of others, two of C
     (FLOPs), N and D, where a C beside N and D is not used; and the column `loss`. A table without an architecture (or
     model) is one architecture named like the file. The isoFLOP group is the column budget, or else a C that at least
-    three rows share. Several seeds are several points.
+    three rows share (to a millionth). Several seeds are several points; of several learning rates the best is one.
 
-    Left out, by name: diverged runs, losses that are no positive number, learning rates on trial, repeated rows,
-    lines cut off; and of each architecture the `drop_highest` highest losses (Besiroglu et al. 2024, arXiv:2404.10102,
+    Left out, by name: diverged runs, losses that are no positive number, learning rates on trial and those that
+    another did better than, repeated rows, lines cut off; and of each architecture the `drop_highest` highest losses (Besiroglu et al. 2024, arXiv:2404.10102,
     drop five of Chinchilla's points).
 
-    ValueError for a table without the columns, a convention that it does not have, several corpora, tokenizers or
-    contexts, a negative drop_highest, and where nothing is left.
+    ValueError for a table without the columns, a convention that it does not have, several corpora, tokenizers,
+    contexts, rules of transfer or numbers of evaluated rows, a negative drop_highest, and where nothing is left.
     """
     if drop_highest < 0:
         raise ValueError(f"drop_highest = {drop_highest}: must be 0 or more losses to leave out")
@@ -140,7 +152,8 @@ def read_points(paths: str | Path | Sequence[str | Path], convention: str = "cou
     for path in map(Path, paths):
         _read(path, convention, loss, rows, excluded, spelling)
     about = {"loss": loss, "convention": ", ".join(dict.fromkeys(row.convention for row in rows))} | _same(rows)
-    rows = _highest_dropped(_once(rows, excluded), drop_highest, excluded)
+    rows = _once(_best_rates(rows, excluded), excluded)
+    rows = _highest_dropped(rows, drop_highest, excluded)
     if not rows:
         why = "; ".join(f"{n} x {why}" for why, n in Counter(e.why for e in excluded).most_common(4))
         raise ValueError(f"{', '.join(map(str, paths))}: no run is left to fit ({why or 'there are no rows'})")
@@ -164,7 +177,7 @@ def _read(path: Path, convention: str, loss: str, rows: list, excluded: list, sp
         raise ValueError(f"{path}: has the column {twice[0]!r} twice")
     source, counted = _columns(path, header, convention, loss)
     spelling |= dict(zip(columns, header)) | {name.lower(): name for name in FURTHER}
-    at_cost = Counter(dict(zip(columns, line)).get(source["C"]) for _, line in table)
+    groups = _groups([_positive(dict(zip(columns, line)).get(source["C"])) for _, line in table])
     for number, line in table:
         cells = dict(zip(columns, line))
         architecture = cells.get(source["architecture"]) or path.stem
@@ -175,8 +188,7 @@ def _read(path: Path, convention: str, loss: str, rows: list, excluded: list, sp
             continue
         N, D, C, value = (_positive(cells.get(source[key])) for key in ("N", "D", "C", "loss"))
         N, D = N if source["N"] else C / 6 / D, D if source["D"] else C / 6 / N
-        shared = source["C"] and at_cost[cells[source["C"]]] >= 3
-        budget = _positive(cells["budget"]) if "budget" in columns else C if shared else math.nan
+        budget = _positive(cells["budget"]) if "budget" in columns else groups.get(C, math.nan)
         row = _Row(where, architecture, cells, counted, N, D, value, budget)
         why = _unfit(row, loss)
         rows.append(row) if why is None else excluded.append(Excluded(f"{where}, {row.label}", why))
@@ -204,6 +216,13 @@ def _columns(path: Path, header: list[str], convention: str, loss: str) -> tuple
     return source, convention if conventions else AS_GIVEN
 
 
+def _groups(costs: list[float]) -> dict[float, float]:
+    """To each cost that at least three rows share: the least of its group, for all of them the same number."""
+    costs = np.sort([cost for cost in costs if not math.isnan(cost)])
+    groups = np.split(costs, np.flatnonzero(np.diff(costs) > ALIKE * costs[:-1]) + 1)
+    return {float(cost): float(group[0]) for group in groups if len(group) >= 3 for cost in group}
+
+
 def _unfit(row: _Row, loss: str) -> str | None:
     """Why a row cannot be fitted, or None."""
     if row.cells.get("diverged", "").lower() in ("true", "yes", "1"):
@@ -219,16 +238,31 @@ def _unfit(row: _Row, loss: str) -> str | None:
 
 
 def _same(rows: list[_Row]) -> dict[str, str]:
-    """What all rows agree on; ValueError where their losses would be in different units."""
+    """What all rows agree on; ValueError where their losses would not compare."""
     about = {}
     for column in SAME:
-        values = Counter(row.cells.get(column) or "not stated" for row in rows)
+        values = Counter(row.cells.get(column) or "not stated" for row in rows
+                         if column in UNITS or column in row.cells)
         if len(values) > 1:
             told = ", ".join(f"{value} ({n} runs)" for value, n in values.most_common())
-            raise ValueError(f"runs of different {column} in one fit: {told}; their losses are in different units, so "
-                             "fit them from separate tables")
+            why = "are in different units" if column in UNITS else "do not compare"
+            raise ValueError(f"runs of different {column} in one fit: {told}; their losses {why}, so fit them from "
+                             "separate tables")
         about |= {column: value for value in values if value != "not stated"}
     return about
+
+
+def _best_rates(rows: list[_Row], excluded: list) -> list[_Row]:
+    """The rows without those of a learning rate that another, of the same model, seed and budget, did better than."""
+    best = {}
+    for row in rows:
+        if not math.isnan(row.rate) and row.loss < best.setdefault(row.place, row).loss:
+            best[row.place] = row
+    beaten = [row for row in rows if row.place in best and not math.isnan(row.rate) and row.rate != best[row.place].rate]
+    excluded += [Excluded(f"{row.where}, {row.label}", f"another learning rate did better: {best[row.place].rate:.6g} "
+                          f"in {best[row.place].where} (loss {best[row.place].loss:.6g} there, {row.loss:.6g} here)")
+                 for row in beaten]
+    return [row for row in rows if row not in beaten]
 
 
 def _once(rows: list[_Row], excluded: list) -> list[_Row]:

@@ -76,6 +76,49 @@ def test_repeated_rows_of_others_without_seeds(tmp_path):
     assert len(reading.excluded) == 1
 
 
+def test_of_several_learning_rates_the_best_is_kept(tmp_path):
+    header = OWN + ",learning_rate"
+    path = table(tmp_path / "results.csv", header, own(loss=2.2) + ",0.01", own(loss=2.0) + ",0.003",
+                 own(loss=2.1) + ",0.001", own(loss=2.0) + ",3e-3", own(loss=2.3, seed=1) + ",0.01")
+    reading = read_points(path)
+    np.testing.assert_array_equal(reading.points["mamba"].loss, [2.0, 2.3])  # of another seed there is one rate
+    np.testing.assert_array_equal(reading.points["mamba"].more["learning_rate"], [0.003, 0.01])
+    beaten, again, repeated = sorted(reading.excluded)
+    assert "another learning rate did better: 0.003 in results.csv, line 3" in beaten.why and "line 2" in beaten.where
+    assert "another learning rate" in again.why and "line 4" in again.where
+    assert "same run as results.csv, line 3" in repeated.why
+
+
+def test_learning_rates_of_others_without_seeds(tmp_path):
+    lines = ["2,5,3.1,0.1", "2,5,3.0,0.2", "2,5,2.9,0.2", "2,7,2.8,0.1", "2,5,3.2,"]
+    reading = read_points(table(tmp_path / "theirs.csv", "N,D,loss,learning_rate", *lines))
+    np.testing.assert_array_equal(reading.points["theirs"].loss, [3.0, 2.9, 2.8, 3.2])
+    assert [("line 2" in where, why.split(":")[0]) for where, why in reading.excluded] == \
+           [(True, "another learning rate did better")]
+
+
+def test_a_coarse_size_does_not_merge_models(tmp_path):
+    reading = read_points(table(tmp_path / "theirs.csv", "size,seed,N,D,loss", "1B,0,1.01e9,5,3", "1B,0,1.04e9,5,2.9"))
+    assert len(reading.points["theirs"]) == 2 and not reading.excluded
+
+
+def test_costs_are_compared_as_numbers(tmp_path):
+    costs = ("1e18", "1000000000000000000", "1.0000001e18", "1.001e18", "1.001e18")
+    lines = [f"{C},{N},3" for N, C in enumerate(costs, start=2)]
+    points = read_points(table(tmp_path / "theirs.csv", "C,N,loss", *lines)).points["theirs"]
+    np.testing.assert_array_equal(points.budget, [1e18, 1e18, 1e18, np.nan, np.nan])
+
+
+@pytest.mark.parametrize("column, other", [("transfer", "mup"), ("eval_rows", "64")])
+def test_losses_that_do_not_compare_are_refused(tmp_path, column, other):
+    path = table(tmp_path / "results.csv", f"{OWN},{column}", own() + ",128", own(seed=1) + f",{other}")
+    with pytest.raises(ValueError, match=rf"different {column} in one fit: 128 .*{other} .*do not compare"):
+        read_points(path)
+    path = table(tmp_path / "results.csv", f"{OWN},{column}", own() + ",128")
+    silent = table(tmp_path / "before.csv", OWN, own(seed=1))  # of tables that have the column alone
+    assert read_points([path, silent]).about[column] == "128"
+
+
 def test_the_highest_losses_are_dropped_of_each_architecture(tmp_path):
     lines = [f"{name},{n},7,{loss}" for name in "ab" for n, loss in ((1, 5), (2, 4), (3, 3))]
     reading = read_points(table(tmp_path / "theirs.csv", "model,N,D,loss", *lines), drop_highest=2)
