@@ -50,6 +50,7 @@ def compute_for(theta: np.ndarray, loss: np.ndarray, sizes: tuple[float, float] 
     with np.errstate(all="ignore"):
         above = np.log(np.maximum(loss - np.exp(E), 0))
         free = 6 * np.exp((_log_K(a, b, alpha, beta) - above) * (alpha + beta) / (alpha * beta))
+        free = np.where((above > -np.inf) & (alpha > 0) & (beta > 0) & ~np.isnan(free), free, np.inf)
         if sizes is None:
             return free
         # At N the tokens' term must come down to what E and the parameters' term leave of the loss. Where the best N
@@ -57,8 +58,9 @@ def compute_for(theta: np.ndarray, loss: np.ndarray, sizes: tuple[float, float] 
         N = np.geomspace(*sizes, CHOICES).reshape(-1, *[1] * np.ndim(a + loss))
         left = loss - np.exp(E) - np.exp(a - alpha * np.log(N))
         C = 6 * N * np.exp((b - np.log(np.maximum(left, 0))) / beta)
+        C = np.where((left > 0) & (beta > 0) & ~np.isnan(C), C, np.inf)
         best = np.exp((np.log(alpha / beta) + a - b + beta * np.log(free / 6)) / (alpha + beta))
-        return np.where((sizes[0] <= best) & (best <= sizes[1]), free, np.min(np.where(np.isnan(C), np.inf, C), 0))
+        return np.where((sizes[0] <= best) & (best <= sizes[1]), free, np.min(C, 0))
 
 
 @dataclass(frozen=True, eq=False)

@@ -78,6 +78,16 @@ def test_a_term_that_a_fit_found_to_be_nothing_leaves_no_nan():
     assert compute_for(theta, 3.0) == 0
 
 
+@pytest.mark.parametrize("sizes", [None, (1e7, 1e10)])
+def test_a_loss_that_is_not_reached_takes_infinite_compute(sizes):
+    theta = BESIROGLU + np.array([[0, 0, 0, 0, 0]] + [[0, 0, 0, 0, beta - BESIROGLU[4]] for beta in (-0.05, 0)])
+    found = compute_for(theta, [3.0, np.exp(BESIROGLU[2]), 1.0], sizes)  # more tokens do not help the last two laws
+    assert 0 < found[0, 0] < np.inf
+    np.testing.assert_array_equal(found.ravel()[1:], np.inf)
+    both = np.array([*HOFFMANN[:3], -0.3, -0.3])
+    assert compute_for(both, 3.0, sizes) == np.inf
+
+
 def test_a_law_that_needs_less_compute_is_told_so_at_every_loss():
     found = multiplier(sample("mamba", cheaper(BESIROGLU, 0.62), 1e-3, seed=1), sample("transformer", BESIROGLU, 1e-3))
     np.testing.assert_allclose(found.ratio, 0.62, rtol=1e-9)
