@@ -86,10 +86,15 @@ def _known(law: str) -> bool:
 
 
 def main() -> None:
+    import jax
+
     shard, shards = workers.shard_of(FLAGS.shard)
     for name in ("workers", "context", "eval_rows", "repetitions"):
         if getattr(FLAGS, name) < 1:
             raise ValueError(f"--{name} = {getattr(FLAGS, name)}: must be at least 1")
+    if FLAGS.workers > 1 and jax.default_backend() != "cpu":
+        raise ValueError(f"--workers = {FLAGS.workers}: they share a CPU's cores; on accelerators start a process for "
+                         "each device with --shard=I/N")
     out = Path(FLAGS.out)
     if FLAGS.csv:
         return _page(out, FLAGS.csv)
@@ -135,7 +140,6 @@ def _climbs() -> list[Climb]:
         config = common.model_config(file, FLAGS.set)
         if (kind := objective(config)) != "next token":
             raise ValueError(f"{name} is trained on the {kind}: its loss cannot stand beside that of the next token")
-        code = Path(file).read_text() if file.endswith(".py") else ""
         for rung in rungs(name, config.set("vocab", max(config.vocab, vocab)), sizes, FLAGS.context, FLAGS.transfer):
             fits = lambda budget: low <= budget / (6 * rung.N["counted"] ** 2) <= high and rung.steps(budget) >= LEAST
             cells = tuple(filter(fits, budgets))
@@ -146,8 +150,11 @@ def _climbs() -> list[Climb]:
             if FLAGS.eval_rows % rung.batch:
                 raise ValueError(f"--eval_rows = {FLAGS.eval_rows}: must be a multiple of {rung.batch}, the batch of "
                                  f"{name} at {rung.size:,.0f} parameters")
-            trial = min((c for c in budgets if c <= cells[0] and rung.steps(c) >= TRIAL), default=cells[0])
-            climbs.append(Climb(rung, cells, cells[0] if len(rates) == 1 else trial, rates, seeds, code))
+            trials = (c for c in budgets if rung.steps(c) >= TRIAL and (c <= cells[0] or c in cells))
+            trial = cells[0] if len(rates) == 1 else min(trials, default=cells[-1])
+            first = FLAGS.transfer == "none" or all(climb.rung.name != name for climb in climbs)
+            own = rates if first else ()  # rungs come from the smallest on
+            climbs.append(Climb(rung, cells, trial, own, seeds, file))
         if not any(climb.rung.name == name for climb in climbs):
             raise ValueError(f"{name}: nothing is left to run; change --sizes, --budgets or --window")
     return sorted(climbs, key=lambda climb: climb.flops, reverse=True)

@@ -7,7 +7,7 @@ import time
 from absl import flags
 
 from experiments import common, workers
-from experiments.scaling_runs import Climb, Once, rates_at, say
+from experiments.scaling_runs import Climb, Once, say
 
 FLAGS = flags.FLAGS
 
@@ -39,7 +39,7 @@ def show(climbs: list[Climb], shards: int) -> None:
     Console(width=180).print(table)
     runs = sum(climb.seeds * len(climb.budgets) for climb in climbs)
     trials = sum(len(climb.rates) - (climb.trial in climb.budgets) for climb in climbs
-                 if rates_at(climbs, climb) is climb and len(climb.rates) > 1)  # the best one's may be a run as well
+                 if len(climb.rates) > 1)  # the best one's may be a run as well
     print(f"\n{runs} runs and {trials} more to try learning rates, {sum(c.flops for c in climbs):.3g} FLOPs, in "
           f"{parts} part{'s' if parts > 1 else ''}")
     if speeds:

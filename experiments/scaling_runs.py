@@ -14,6 +14,7 @@ from absl import flags
 
 from archlab.analysis.conventions import CONVENTIONS
 from archlab.analysis.scaling.ladder import Rung
+from experiments import common
 from experiments.rows import Rows
 
 FLAGS = flags.FLAGS
@@ -22,30 +23,38 @@ GROUPS = ("input_embedding", "head", "layers", "routed_experts", "total", "uniqu
 FURTHER = ("experts", "active_experts", "granularity", "recursions", "N_once", "N_recurring")
 FIELDS = ("architecture", "size", "width", "layers", "batch", "context", "steps", "tokens", "budget", "learning_rate",
           "factor", "warmup_steps", "seed", "role", "loss", "train_loss", "diverged", "seconds", "tokens_per_second",
-          "corpus", "tokenizer", "transfer", "device", *(f"N:{name}" for name in CONVENTIONS),
+          "corpus", "tokenizer", "eval_rows", "transfer", "device", *(f"N:{name}" for name in CONVENTIONS),
           *(f"parameters:{name}" for name in GROUPS), *FURTHER, "digest")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Climb:
     """A size of an architecture with its budgets, from the smallest on: what one process trains with one program.
-    trial: the budget at which its learning rates are tried."""
+
+    trial: the budget at which its learning rates are tried. rates: none where they come from another size. file: the
+    model's name, or its file.
+    """
 
     rung: Rung
     budgets: tuple[float, ...]
     trial: float
     rates: tuple[float, ...]
     seeds: int
-    code: str
+    file: str
 
     def run(self, budget: float, factor: float, seed: int = 0):
-        return self.rung.run(budget, self.trial, factor, seed, FLAGS.data, FLAGS.tokenizer)
+        return self.rung.run(budget, min(self.trial, *self.budgets), factor, seed, FLAGS.data, FLAGS.tokenizer)
+
+    def digest(self, run) -> str:
+        """By which a finished run is found again; it begins with a letter, so as never to be read as a number."""
+        code = Path(self.file).read_text() if self.file.endswith(".py") else ""
+        return "r" + hashlib.sha256(f"{run.to_json()}\n{FLAGS.eval_rows}\n{code}".encode()).hexdigest()[:16]
 
     @property
     def flops(self) -> float:
         """Of all its runs: a trunk is trained once, a decay for each budget, and every rate on the budget of trials."""
         trunk, falls = 0.8 * self.budgets[-1], 0.2 * sum(self.budgets)
-        return self.seeds * (trunk + falls) + (len(self.rates) - 1) * self.trial
+        return self.seeds * (trunk + falls) + max(0, len(self.rates) - 1) * self.trial
 
 
 class Ladder:
@@ -92,7 +101,7 @@ class Ladder:
     def _row(self, climb: Climb, budget: float, factor: float, seed: int, role: str, before: Path | None,
              programs: "Once") -> dict:
         run = climb.run(budget, factor, seed)
-        digest = hashlib.sha256(f"{run.to_json()}\n{FLAGS.eval_rows}\n{climb.code}".encode()).hexdigest()[:16]
+        digest = climb.digest(run)
         row = self.done.get((digest, role))
         if row is None and (twin := self.done.get((digest, "trial"))) is not None:
             row = twin | {"role": role}  # the rate that was taken: its trial is the run
@@ -117,12 +126,15 @@ class Ladder:
 
         rung = climb.rung
         name = f"{rung.name} {rung.size:.2g} params, {budget:.2g} FLOPs, rate {run.optimizer.learning_rate:.2g}"
-        if folder is not None and not _same(folder, run):
-            raise ValueError(f"{folder} holds a run of other settings: give another --out, or remove it")
+        if folder is not None:
+            if not _same(folder, run):
+                raise ValueError(f"{folder} holds a run of other settings: give another --out, or remove it")
+            common.same_code(folder, climb.file)
         trunk, begun = None, 0
         if before is not None and before != folder and (before / "config.json").is_file():
             begun = from_json((before / "config.json").read_text()).branches_at
-            trunk = before if (before / "checkpoints" / str(begun)).is_dir() else None  # there once it is whole
+            whole = (before / "checkpoints" / str(begun)).is_dir()  # it is there once all of it is written
+            trunk = before if whole and 0 < begun <= run.branches_at else None
         began = time.perf_counter()
         try:
             result = train(run, self.corpus, self.tokenizer, out=folder, mesh=programs.mesh, name=name, keep=1,
@@ -130,10 +142,11 @@ class Ladder:
                            checkpoint_every=FLAGS.checkpoint_every, branch_from=trunk, programs=programs.get(run),
                            flops_per_token=rung.flops_per_token, tensorboard=False, quiet=not sys.stderr.isatty())
             found = dict(loss=result.evaluation.bits_per_byte, train_loss=result.history[-1]["bits_per_byte"],
-                         diverged=False, tokens_per_second=result.tokens_per_second)
+                         diverged=False, tokens_per_second=result.tokens_per_second or None,
+                         seconds=result.history[-1]["seconds"])
         except Diverged as error:
             say(f"{name}: {error}")
-            found = dict(loss=math.nan, train_loss=math.nan, diverged=True, tokens_per_second=0.0)
+            found = dict(loss=math.nan, train_loss=math.nan, diverged=True, tokens_per_second=None, seconds=None)
         self.trained += (run.steps - (begun if trunk else 0)) * rung.batch * rung.context * rung.flops_per_token
         self.spent += time.perf_counter() - began
         left = self.spent / self.trained * max(self.all - self.trained, 0)
@@ -142,8 +155,8 @@ class Ladder:
                 "batch": rung.batch, "context": rung.context, "steps": run.steps, "tokens": run.tokens,
                 "budget": budget, "learning_rate": run.optimizer.learning_rate, "factor": factor,
                 "warmup_steps": round(run.optimizer.warmup * run.steps), "seed": run.seed, "role": role, **found,
-                "seconds": round(time.perf_counter() - began, 2), "corpus": FLAGS.data, "tokenizer": FLAGS.tokenizer,
-                "transfer": FLAGS.transfer, "device": jax.devices()[0].device_kind,
+                "corpus": FLAGS.data, "tokenizer": FLAGS.tokenizer,
+                "eval_rows": FLAGS.eval_rows, "transfer": FLAGS.transfer, "device": jax.devices()[0].device_kind,
                 **{f"N:{key}": rung.N[key] for key in CONVENTIONS},
                 **{f"parameters:{key}": rung.parameters[key] for key in GROUPS},
                 **{key: rung.parameters[key] for key in FURTHER}, "digest": digest}

@@ -214,7 +214,7 @@ def _digest(cell: Cell, task, rate: float) -> str:
 
     model = task_model(cell.mixer, task, cell.width, cell.setting.depth, cell.setting.mlp)
     text = "\n".join([model.to_json(), task.to_json(), cell.to_json(), f"{rate:.6g}", *own_code(cell.mixer)])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return "r" + hashlib.sha256(text.encode()).hexdigest()[:16]  # a letter first: no digest may read as a number
 
 
 def _draw(cells: list[Cell], tasks: dict, rates: list[float], seeds: int, results: Rows, out: Path) -> None:

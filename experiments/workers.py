@@ -38,6 +38,7 @@ def share(module: str, shard: int, shards: int, workers: int, costs: Sequence[fl
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
     waiting, running, code = list(range(len(costs))), {}, 0
+    costs = [max(cost, 1e-9) for cost in costs]
     began, done = time.monotonic(), 0.0
     try:
         while (waiting and not code) or running:

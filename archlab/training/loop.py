@@ -83,6 +83,8 @@ def train(run: Run, corpus: Corpus | None = None, tokenizer=None, *, out: str | 
       Diverged: a loss that is not finite, or has grown beyond a guess; nothing of it is saved.
       Interrupted: after SIGTERM or Ctrl-C, when all is saved.
     """
+    if branch_from is not None and (out is None or not (Path(branch_from) / "checkpoints").is_dir()):
+        raise ValueError(f"branch_from = {branch_from}: must be the folder of a run, and `out` one of this run's own")
     corpus = load_corpus(run.data) if corpus is None else corpus
     tokenizer = tokenizer_from(run.tokenizer, corpus) if tokenizer is None else tokenizer
     if tokenizer.vocab > run.model.vocab:

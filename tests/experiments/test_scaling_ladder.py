@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SMALL = ["--preset=smoke", "--models=transformer-nano,mamba-nano", "--sizes=6e3,1.2e4,2.4e4", "--context=32",
-         "--budgets=6e9,1.2e10,2.4e10", "--window=0.001,1000", "--eval_rows=32", "--repetitions=20",
+SMALL = ["--preset=smoke", "--models=transformer-nano", "--sizes=6e3,1.2e4,2.4e4", "--context=32",
+         "--budgets=6e9,1.2e10", "--window=0.001,1000", "--eval_rows=32", "--repetitions=20",
          "--checkpoint_every=10"]
 TIMED = {"seconds", "tokens_per_second"}
-ONE = ["--run", "--rates=0.5,1", "--models=transformer-nano"]
+RUN = ["--run", "--rates=0.5,1"]
 
 
 def command(out, *more):
@@ -27,11 +27,10 @@ def run(out, *more):
                           capture_output=True, timeout=600)
 
 
-def rows(out, name=None):
-    """The rows of a table (of one architecture), without what no two runs have in common."""
+def rows(out):
+    """The rows of a table, without what no two runs have in common."""
     with (out / "results.csv").open() as file:
-        return [{key: cell for key, cell in row.items() if key not in TIMED} for row in csv.DictReader(file)
-                if name in (None, row["architecture"])]
+        return [{key: cell for key, cell in row.items() if key not in TIMED} for row in csv.DictReader(file)]
 
 
 def key(row):
@@ -42,7 +41,7 @@ def key(row):
 def whole(tmp_path_factory):
     """A study that nothing disturbed, of two learning rates a size."""
     out = tmp_path_factory.mktemp("scaling") / "whole"
-    done = run(out, "--run", "--rates=0.5,1")
+    done = run(out, *RUN)
     assert done.returncode == 0, done.stdout + done.stderr
     return out
 
@@ -50,16 +49,16 @@ def whole(tmp_path_factory):
 def test_the_plan_trains_nothing(tmp_path):
     done = run(tmp_path / "out", "--noestimate", "--workers=2")
     assert done.returncode == 0, done.stderr
-    assert "18 runs and 0 more to try learning rates" in done.stdout and "in 2 parts" in done.stdout
+    assert "6 runs and 0 more to try learning rates" in done.stdout and "in 2 parts" in done.stdout
     assert "nothing was trained: --run starts it" in done.stdout and not (tmp_path / "out").exists()
-    timed = run(tmp_path / "out", "--models=transformer-nano", "--sizes=6e3")
+    timed = run(tmp_path / "out", "--sizes=6e3")
     assert "hours on this machine" in timed.stdout, timed.stdout + timed.stderr
 
 
 def test_rows_and_page(whole):
     found = rows(whole)
     kept = [row for row in found if row["role"] == "run"]
-    assert len(kept) == 18 and len(found) == 18 + 12  # two trials a size, of which the better is a run as well
+    assert len(kept) == 6 and len(found) == 6 + 6  # two trials a size, of which the better is a run as well
     for row in kept:
         flops = 6 * float(row["N:counted"]) * float(row["tokens"])
         assert flops == pytest.approx(float(row["budget"]), rel=0.05)
@@ -73,8 +72,8 @@ def test_rows_and_page(whole):
 def test_more_compute_is_less_loss(whole):
     by = {key(row)[:3]: float(row["loss"]) for row in rows(whole) if row["role"] == "run"}
     for (name, size, budget), loss in by.items():
-        if (name, size, 2.4e10) != (name, size, budget):
-            assert by[name, size, 2.4e10] < loss
+        if budget < 1.2e10:
+            assert by[name, size, 1.2e10] < loss
 
 
 def test_killed_and_started_again(whole, tmp_path):
@@ -82,23 +81,23 @@ def test_killed_and_started_again(whole, tmp_path):
     of the study that nothing disturbed."""
     out, before = tmp_path / "out", []
     for number in (signal.SIGKILL, signal.SIGTERM):
-        process = subprocess.Popen(command(out, *ONE), cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        process = subprocess.Popen(command(out, *RUN), cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"},
                                    stderr=subprocess.DEVNULL)
         begun = time.monotonic()
-        while not (out / "results.csv").is_file() or len(rows(out)) < len(before) + 4:
-            assert process.poll() is None and time.monotonic() - begun < 300
+        while not (out / "results.csv").is_file() or len(rows(out)) < len(before) + 2:
+            assert time.monotonic() - begun < 300 and process.poll() in (None, 0)
             time.sleep(0.05)
         process.send_signal(number)
         process.wait()
         before = rows(out)
     with (out / "results.csv").open("a") as file:
         file.write("transformer-nano,6000.0,3")  # what a process that died while writing leaves
-    done = run(out, *ONE)
+    done = run(out, *RUN)
     assert done.returncode == 0, done.stderr
     found = [row for row in rows(out) if row["digest"]]
-    assert sorted(rows(whole, "transformer-nano"), key=key) == sorted(found, key=key)
+    assert sorted(rows(whole), key=key) == sorted(found, key=key)
     trained = [line for line in done.stderr.splitlines() if line.startswith("[0/1]")]
-    ever = 9 + 6 - 3  # runs and trials, of which one of each size is a run as well
+    ever = 6 + 6 - 3  # runs and trials, of which one of each size is a run as well
     assert len(trained) == ever - len({row["digest"] for row in before})
 
 
@@ -106,16 +105,15 @@ def test_shards_share_a_table(whole, tmp_path):
     """Each shard does its own part, and together they leave what one process would."""
     out = tmp_path / "out"
     for shard in ("0/2", "1/2"):
-        done = run(out, *ONE, f"--shard={shard}")
+        done = run(out, *RUN, f"--shard={shard}")
         assert done.returncode == 0 and not (out / "scaling.html").exists(), done.stderr
-    assert sorted(rows(whole, "transformer-nano"), key=key) == sorted(rows(out), key=key)
+    assert sorted(rows(whole), key=key) == sorted(rows(out), key=key)
     page = run(out, f"--csv={out / 'results.csv'}")
     assert page.returncode == 0 and (out / "scaling.html").exists(), page.stderr
 
 
 def test_transfer_tries_rates_at_the_smallest_size_only(tmp_path):
-    done = run(tmp_path, "--run", "--rates=0.5,1", "--transfer=completep", "--models=transformer-nano", "--workers=2",
-               "--budgets=6e9,1.2e10")
+    done = run(tmp_path, *RUN, "--transfer=completep", "--workers=3")
     assert done.returncode == 0, done.stderr
     found = rows(tmp_path)
     assert {float(row["size"]) for row in found if row["role"] == "trial"} == {6e3}
@@ -151,3 +149,21 @@ def test_tables_of_others(tmp_path):
 def test_bad_input(tmp_path, flags, words):
     done = run(tmp_path, "--noestimate", *flags)
     assert done.returncode == 2 and words in done.stderr, done.stderr
+
+
+def test_a_model_file_that_changed_is_another_model(tmp_path):
+    """Its runs are not taken for those of the file as it was."""
+    own = tmp_path / "own.py"
+    own.write_text("from archlab.zoo import get_config\nCONFIG = get_config('transformer-nano')\n")
+    flags = ["--run", f"--models={own}", "--sizes=6e3", "--budgets=6e9"]
+    assert run(tmp_path / "out", *flags).returncode == 0
+    own.write_text(own.read_text() + "# changed\n")
+    done = run(tmp_path / "out", *flags)
+    assert done.returncode == 2 and "own.py has changed since the run in" in done.stderr
+
+
+def test_rates_that_diverge_cost_only_their_own_size(tmp_path):
+    done = run(tmp_path / "out", "--run", "--rates=1e9,2e9", "--sizes=6e3,1.2e4")
+    found = rows(tmp_path / "out")
+    assert {row["size"] for row in found} == {"6000.0", "12000.0"} and all(row["diverged"] == "true" for row in found)
+    assert done.returncode == 2 and "diverged" in done.stderr  # there is nothing to fit
