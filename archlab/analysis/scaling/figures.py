@@ -61,8 +61,8 @@ def optimal(studies: Mapping[str, Study], colours: Mapping[str, str], which: int
         for p in study.parabolas:
             if p.inside:
                 at = p.N_opt if which == N_OPT else p.D_opt
-                plots.dots(ax, [p.budget], [at], colours[name], [f"{name}\nminimum of the parabola\nC = "
-                           f"{flops(p.budget)}, {what} = {short(at)}"], marker="*", size=9, edge=0.6, zorder=4)
+                plots.dots(ax, [p.C], [at], colours[name], [f"{name}\nminimum of the parabola\nC = "
+                           f"{flops(p.C)}, {what} = {short(at)}"], marker="*", size=9, edge=0.6, zorder=4)
                 ends.setdefault(name, at)
     tried = np.concatenate([getattr(study.points, what) for study in studies.values()])
     low, high = ax.get_ylim()  # where a law does not hold, its optima would be all there is to see
@@ -86,10 +86,10 @@ def isoflop(study: Study, colour: str, loss: str, limits: tuple[float, float]) -
         x = np.geomspace(min(x[0], p.N_opt), max(x[-1], p.N_opt), 60) if seen else x
         ax.plot(x, p.loss_at(x), color=tone, linewidth=1.4)
         if seen:
-            words = f"{points.name}, C = {flops(p.budget)}\nminimum at N = {short(p.N_opt)}\nloss {p.loss_opt:.4f}"
+            words = f"{points.name}, C = {flops(p.C)}\nminimum at N = {short(p.N_opt)}\nloss {p.loss_opt:.4f}"
             plots.dots(ax, [p.N_opt], [p.loss_opt], tone, [words if p.inside else f"{words}\noutside of the runs"],
                        marker="*", size=11, hollow=not p.inside, zorder=4)
-        ends[flops(p.budget)] = float(mine.loss[np.argmax(mine.N)])
+        ends[flops(p.C)] = float(mine.loss[np.argmax(mine.N)])
     room = 0.06 * (limits[1] - limits[0])
     ax.set_ylim(limits[0] - room, limits[1] + room)
     return _finish(fig, ax, "x", ends, dict(zip(ends, tones)))

@@ -15,14 +15,20 @@ from archlab.analysis.scaling.points import Points
 from archlab.analysis.scaling.power_law import PowerLaw, power_law
 
 
+EQUAL = 1.1  # times: runs whose compute is no further than this from their budget are at it but for rounding
+
+
 class Parabola(NamedTuple):
     """loss = c0 + c1 log N + c2 (log N)^2 at one budget.
 
-    N_opt, loss_opt: its minimum, nan where it opens downwards. inside: whether that lies among the sizes tried; where
-    it does not it says no more than on which side to look.
+    C: 6 N D at the minimum. It is the budget, unless N is counted by another convention than budgets are: then 6 N D
+    differs within a group, and C lies between that of the sizes next to the minimum (at an end, or in the middle where
+    there is no minimum between). N_opt, loss_opt: the minimum, nan where it opens downwards. inside: whether that lies
+    among the sizes tried; where it does not it says no more than on which side to look.
     """
 
     budget: float
+    C: float
     coefficients: tuple[float, float, float]
     N_opt: float
     loss_opt: float
@@ -30,7 +36,7 @@ class Parabola(NamedTuple):
 
     @property
     def D_opt(self) -> float:
-        return self.budget / (6 * self.N_opt)
+        return self.C / (6 * self.N_opt)
 
     def loss_at(self, N: np.ndarray) -> np.ndarray:
         """The parabola's loss for models of N parameters."""
@@ -53,7 +59,7 @@ def power_laws(parabolas: Sequence[Parabola]) -> tuple[PowerLaw, PowerLaw]:
     if len(inside) < 2:
         raise ValueError(f"{len(inside)} of {len(parabolas)} isoFLOP parabolas have their minimum inside the sizes "
                          "tried: a power law needs at least two")
-    C = [p.budget for p in inside]
+    C = [p.C for p in inside]
     return power_law(C, [p.N_opt for p in inside]), power_law(C, [p.D_opt for p in inside])
 
 
@@ -63,5 +69,14 @@ def _parabola(budget: float, group: Points) -> Parabola:
     c0, c1, c2 = np.polynomial.polynomial.polyfit(x, group.loss, 2)
     lowest = -c1 / (2 * c2) if c2 > 0 else np.nan
     about_zero = (c0 - c1 * middle + c2 * middle**2, c1 - 2 * c2 * middle, c2)
-    return Parabola(budget, tuple(map(float, about_zero)), float(np.exp(lowest + middle)),
-                    float(c0 + c1 * lowest / 2), bool(x.min() < lowest < x.max()))
+    return Parabola(budget, _compute(budget, group, x, lowest), tuple(map(float, about_zero)),
+                    float(np.exp(lowest + middle)), float(c0 + c1 * lowest / 2), bool(x.min() < lowest < x.max()))
+
+
+def _compute(budget: float, group: Points, x: np.ndarray, lowest: float) -> float:
+    """A group's 6 N D at the minimum, which is at x = lowest; x [n] is log N about its mean."""
+    if np.abs(np.log(group.C / budget)).max() <= np.log(EQUAL):
+        return budget
+    sizes, which = np.unique(x, return_inverse=True)
+    log_C = np.bincount(which, np.log(group.C)) / np.bincount(which)
+    return float(np.exp(np.interp(np.nan_to_num(lowest), sizes, log_C)))

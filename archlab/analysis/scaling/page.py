@@ -100,6 +100,9 @@ def _isoflop(page: Report, studies, drawn, colours) -> None:
         page.section("Loss at equal compute")
         page.text("A parabola in log N for each budget, in FLOPs. The star is its minimum, hollow where it lies "
                   "outside of the sizes that were run.")
+        if any(p.C != p.budget for one in studies.values() for p in one.parabolas):
+            page.text("Runs of one budget are not of equal 6 N D by this convention: the compute named is that at the "
+                      "minimum, between those of the sizes next to it.")
         page.figures([drawn[file] for file in files])
 
 
@@ -180,7 +183,7 @@ def _figures(studies: Mapping[str, Study], found: Mapping[str, Multiplier], refe
     for name, one in studies.items():
         if one.parabolas:
             limits = min(map(np.min, grouped)), max(map(np.max, grouped))
-            minima = ", ".join(f"{short(p.N_opt)} at {flops(p.budget)}" for p in one.parabolas if p.inside)
+            minima = ", ".join(f"{short(p.N_opt)} at {flops(p.C)}" for p in one.parabolas if p.inside)
             made[_file(f"isoflop_{name}", made)] = (figures.isoflop(one, colours[name], loss, limits),
                                                     f"Minima: {minima or 'none inside of the sizes run'}.")
     if fitted:

@@ -95,7 +95,7 @@ def _minima(one: Study) -> str:
     if not outside:
         return ""
     return (f"the minimum of {len(outside)} of {len(one.parabolas)} isoFLOP parabolas lies outside of the sizes that "
-            f"were run (at {', '.join(flops(p.budget) for p in outside)} FLOPs): they do not enclose the optimum there")
+            f"were run (at {', '.join(flops(p.C) for p in outside)} FLOPs): they do not enclose the optimum there")
 
 
 def _trend(name: str, m: Multiplier) -> str:

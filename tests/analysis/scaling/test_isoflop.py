@@ -22,12 +22,13 @@ def grid(sizes):
 def bowls(opens=0.05):
     """True parabolas, their minima at N = 2 C^0.45."""
     C, way = np.repeat(BUDGETS, 4), np.tile([-1.5, -0.3, 0.4, 2], 5)
-    return Points("a", 2 * C**0.45 * np.exp(way), np.ones(20), 3 + opens * way**2, budget=C)
+    N = 2 * C**0.45 * np.exp(way)
+    return Points("a", N, C / 6 / N, 3 + opens * way**2, budget=C)
 
 
 def test_true_parabolas_are_recovered():
     found = parabolas(bowls())
-    assert [p.budget for p in found] == list(BUDGETS) and all(p.inside for p in found)
+    assert [p.C for p in found] == [p.budget for p in found] == list(BUDGETS) and all(p.inside for p in found)
     np.testing.assert_allclose([p.N_opt for p in found], 2 * BUDGETS**0.45, rtol=1e-8)
     np.testing.assert_allclose([p.loss_opt for p in found], 3, rtol=1e-12)
     np.testing.assert_allclose(found[0].loss_at(found[0].N_opt * np.exp([0, 1])), [3, 3.05], rtol=1e-9)
@@ -35,6 +36,24 @@ def test_true_parabolas_are_recovered():
     assert (sizes.exponent, tokens.exponent) == pytest.approx((0.45, 0.55), abs=1e-9)
     assert sizes.factor == pytest.approx(2, rel=1e-6) and tokens.factor == pytest.approx(1 / 12, rel=1e-6)
     assert sizes(1e19) == pytest.approx(2 * 1e19**0.45)
+
+
+def test_compute_that_differs_within_a_budget_is_that_of_the_minimum():
+    """N counted otherwise than budgets are: 6 N D = budget (N / 1e6)^0.1, and so D is what it was."""
+    points = bowls()
+    points.D[:] *= (points.N / 1e6) ** 0.1
+    found = parabolas(points)
+    sizes = 2 * BUDGETS**0.45
+    C = BUDGETS * (sizes / 1e6) ** 0.1
+    np.testing.assert_allclose([p.C for p in found], C, rtol=1e-8)
+    np.testing.assert_allclose([p.D_opt for p in found], C / 6 / sizes, rtol=1e-8)
+    law, tokens = power_laws(found)
+    assert (law.exponent, tokens.exponent) == pytest.approx((0.45 / 1.045, 0.595 / 1.045), abs=1e-9)
+    points.D[:] = points.budget / 6 / points.N * np.tile([0.99, 1.04, 0.97, 1.02], 5)  # whole steps, no convention
+    assert [p.C for p in parabolas(points)] == list(BUDGETS)
+    points.loss[-4:] = 3 - np.array([0.1, 0, 0, 0.1])  # no minimum, yet there is a compute to show
+    points.D[-4:] *= 2
+    assert np.isnan(parabolas(points)[-1].N_opt) and 1.9 < parabolas(points)[-1].C / BUDGETS[-1] < 2.1
 
 
 def test_a_minimum_outside_of_the_sizes_is_said_and_not_used():
