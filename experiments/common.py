@@ -115,6 +115,8 @@ def run(main: Callable[[], None]) -> None:
         logging.set_verbosity(logging.WARNING)
         try:
             main()
+        except KeyboardInterrupt:
+            leave("interrupted; what is finished is kept, and the same command goes on", 75)
         except Exception as error:
             own = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename in _own_files]
             if flags.FLAGS.debug or not (own or isinstance(error, ValueError)):

@@ -27,6 +27,7 @@ from pathlib import Path
 from absl import flags
 
 from archlab.analysis.conventions import CONVENTIONS
+from archlab.layers.config import near
 from experiments import common, scaling_plan, workers
 from experiments.rows import Rows
 from experiments.scaling_runs import FIELDS, Climb, Ladder, Once, rates_at, say
@@ -71,7 +72,7 @@ flags.DEFINE_string("reference", None, "The architecture that the others are com
 flags.DEFINE_string("loss", "loss", "With --csv: the column that holds the loss.")
 flags.DEFINE_integer("repetitions", 1000, "Of the bootstrap.")
 flags.DEFINE_enum("by", "residuals", ["residuals", "runs"], "What the bootstrap draws again.")
-flags.DEFINE_string("out", "runs/scaling", "The folder of the study.")
+flags.DEFINE_string("out", "runs/scaling", "The folder of the study; with --csv that of the first table by default.")
 workers.define_workers()
 
 
@@ -97,7 +98,10 @@ def main() -> None:
                          "each device with --shard=I/N")
     out = Path(FLAGS.out)
     if FLAGS.csv:
-        return _page(out, FLAGS.csv)
+        for table in FLAGS.csv:
+            if not Path(table).is_file():
+                raise ValueError(f"--csv: there is no file {table}")
+        return _page(out if FLAGS["out"].present else Path(FLAGS.csv[0]).parent, FLAGS.csv)
     climbs = _climbs()
     if not FLAGS.run:
         return scaling_plan.show(climbs, shards)
@@ -133,7 +137,11 @@ def _climbs() -> list[Climb]:
     rates, (low, high), seeds = tuple(_numbers("rates")), _numbers("window", 2), _given("seeds")
     if seeds < 1:
         raise ValueError(f"--seeds = {seeds}: must be at least 1")
+    if low >= high:
+        raise ValueError(f"--window = {low:g},{high:g}: the first must be below the second")
     files = common.named(FLAGS.models, list_models())
+    if FLAGS.reference not in (None, *files):
+        raise ValueError(f"--reference = {FLAGS.reference}: {near(FLAGS.reference, files)}")
     vocab = tokenizer_from(FLAGS.tokenizer, load_corpus(FLAGS.data)).vocab
     climbs = []
     for name, file in files.items():
@@ -186,9 +194,21 @@ def _page(out: Path, tables: list) -> None:
                       "bits per byte" if own else FLAGS.loss, FLAGS.reference, FLAGS.repetitions, FLAGS.by,
                       one_law)
     written = ("fits.csv", "multipliers.csv", *["pooled.csv"] * bool(one_law))
+    _tell(out)
     print(f"\npictures: {page}\nfigures: {', '.join(str(out / name) for name in written)}")
     if one_law and one_law.study.refused:
         raise ValueError(f"--law = {FLAGS.law}: {one_law.study.refused}; all else is on the page")
+
+
+def _tell(out: Path) -> None:
+    """Prints what was found, at the least loss that both reached; ends the process where no law could be fitted."""
+    rows = {row["architecture"]: row for row in csv.DictReader((out / "multipliers.csv").read_text().splitlines())}
+    for name, row in rows.items():
+        ratio, low, high = (float(row[key]) for key in ("ratio", "low", "high"))
+        print(f"{name}: {ratio:.2f} times the compute of {row['reference']} at a loss of {float(row['loss']):.3f} "
+              f"({low:.2f} to {high:.2f}): {row['verdict']}")
+    if len((out / "fits.csv").read_text().splitlines()) < 2:
+        common.leave(f"no architecture has runs that a law can be fitted to; {out / 'scaling.html'} says why")
 
 
 def _at_edge(tables: list) -> str:

@@ -6,6 +6,7 @@ import time
 
 from absl import flags
 
+from archlab.analysis.scaling.laws import DENSE
 from experiments import common, workers
 from experiments.scaling_runs import Climb, Once, say
 
@@ -17,26 +18,32 @@ def show(climbs: list[Climb], shards: int) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from archlab.analysis.accounts import short
+    from archlab.analysis.accounts import count_parameters, short
 
     parts = shards * FLAGS.workers
     with workers.cores(0, FLAGS.workers):  # what is timed has those of one worker
         speeds = _speeds(climbs) if FLAGS.estimate else {}
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for i, column in enumerate(("model", "size", "width", "layers", "batch", "rate", "FLOPs/token", "tokens, by budget",
-                                "tokens/param.", "steps", "FLOPs", "minutes", "memory")):
+    for i, column in enumerate(("model", "size", "has", "N counted", "width", "layers", "batch", "rate", "FLOPs/token",
+                                "tokens, by budget", "tokens/N", "steps", "FLOPs", "minutes", "memory")):
         table.add_column(column, justify="right" if i else "left")
     for climb in sorted(climbs, key=lambda climb: (FLAGS.models.index(_file(climb)), climb.rung.size)):
         rung, runs = climb.rung, [climb.run(budget, 1.0) for budget in climb.budgets]
         speed, memory = speeds.get(rung, (None, None))
         per = [run.tokens / rung.N["counted"] for run in runs]
-        table.add_row(rung.name, short(rung.size, False), str(rung.model.width), str(rung.layers),
+        table.add_row(rung.name, short(rung.size, False), short(count_parameters(rung.model).active_body, False),
+                      short(rung.N["counted"], False), str(rung.model.width), str(rung.layers),
                       f"{rung.batch} x {rung.context}", f"{rung.learning_rate:.2g}", short(rung.flops_per_token, False),
                       " ".join(short(run.tokens, False) for run in runs), f"{min(per):.1f} to {max(per):.1f}",
                       f"{runs[0].steps:,} to {runs[-1].steps:,}", f"{climb.flops:.2g}",
                       "–" if speed is None else f"{climb.flops / speed / 60:.1f}",
                       "–" if memory is None else short(memory, False) + "B")
-    Console(width=180).print(table)
+    Console(width=200).print(table)
+    for name in dict.fromkeys(climb.rung.name for climb in climbs):
+        own = sum(climb.seeds * len(climb.budgets) for climb in climbs if climb.rung.name == name)
+        if own < 2 * len(DENSE.names):
+            print(f"{name}: {own} runs are few for a law of {len(DENSE.names)} coefficients: add --sizes or --budgets, "
+                  "or widen --window")
     runs = sum(climb.seeds * len(climb.budgets) for climb in climbs)
     trials = sum(len(climb.rates) - (climb.trial in climb.budgets) for climb in climbs
                  if len(climb.rates) > 1)  # the best one's may be a run as well

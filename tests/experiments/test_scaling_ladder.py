@@ -137,7 +137,8 @@ def test_tables_of_others(tmp_path):
 
 @pytest.mark.parametrize("flags, words", [
     (["--sizes=1e4,x"], "--sizes = 1e4,x: must be numbers above 0"),
-    (["--window=1"], "--window = 1: must be two numbers above 0"),
+    (["--window=1"], "--window = 1: must be two numbers above 0"), (["--window=9,1"], "must be below the second"),
+    (["--reference=mamba"], "--reference = mamba: "),
     (["--budgets=-1"], "--budgets = -1"), (["--shard=2/2"], "--shard = 2/2"), (["--seeds=0"], "--seeds = 0"),
     (["--eval_rows=3"], "--eval_rows = 3: must be a multiple of"),
     (["--sizes=1.00e4,1.01e4"], "give the same model"),
