@@ -3,7 +3,6 @@
 What it says in words follows from the points and the fits; nothing is claimed beyond them.
 """
 
-import csv
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from archlab.analysis.scaling.frontier import Multiplier, gap
 from archlab.analysis.scaling.laws import DENSE
 from archlab.analysis.scaling.points import Reading
 from archlab.analysis.scaling.pooled import Pooled
-from archlab.analysis.scaling.pooled_page import write_section
+from archlab.analysis.scaling.pooled_page import write_section, write_table
 from archlab.analysis.scaling.study import (AHEAD, Study, allocations, by_approach, by_convention, coefficients,
                                             compared, study)
 from archlab.analysis.scaling.words import caveats, flops, headline
@@ -47,8 +46,8 @@ def write_page(out: Path, reading: Reading, settings: Mapping[str, object], comm
     out.mkdir(parents=True, exist_ok=True)
     fits = [row for one in studies.values() if one.fit for row in coefficients(one)]
     found = compared(studies, reference)
-    _write(out / "fits.csv", COEFFICIENTS, fits)
-    _write(out / "multipliers.csv", MULTIPLIERS, [row for m in found.values() for row in _multipliers(m)])
+    write_table(out / "fits.csv", COEFFICIENTS, fits)
+    write_table(out / "multipliers.csv", MULTIPLIERS, [row for m in found.values() for row in _multipliers(m)])
     drawn = _figures(studies, compared(studies, reference, DRAWN), reference, loss)
     for file, (figure, _) in drawn.items():
         plots.save(figure, out / f"{file}.png")
@@ -104,6 +103,13 @@ def _isoflop(page: Report, studies, drawn, colours) -> None:
             page.text("Runs of one budget are not of equal 6 N D by this convention: the compute named is that at the "
                       "minimum, between those of the sizes next to it.")
         page.figures([drawn[file] for file in files])
+    budgets = sorted({budget for one in studies.values() for budget in one.points.budget if np.isfinite(budget)})
+    if budgets:
+        best = [[min(one.points.loss[one.points.budget == budget], default=None) for one in studies.values()]
+                for budget in budgets]
+        page.table(["training FLOPs", *studies], [[flops(budget), *row] for budget, row in zip(budgets, best)],
+                   "The best run of each budget: what was measured, without any law. Of few sizes and one seed, the best "
+                   "is partly luck.", dict.fromkeys(studies, ".4f"))
 
 
 def _laws(page: Report, studies, fits, drawn, colours) -> None:
@@ -218,10 +224,3 @@ def _multipliers(m: Multiplier) -> list[dict]:
     return [{"architecture": m.a, "reference": m.b, "loss": loss, "ratio": ratio, "low": low, "high": high,
              "verdict": "saves" if high < 1 else "costs" if low > 1 else "not distinguishable"}
             for loss, ratio, low, high in zip(m.losses, m.ratio, m.low, m.high)]
-
-
-def _write(path: Path, columns: Sequence[str], rows: Sequence[dict]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
