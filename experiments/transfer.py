@@ -11,7 +11,8 @@ width        validation loss by learning rate, for each width: with transfer the
 depth        the same by depth, at one width (of the first model alone).
 
 Prints the best rates and by how many doublings they move for each doubling of the size; leaves coordinates.csv,
-sweep.csv, figures and index.html under --out. Called again with more it trains only what is missing.
+sweep.csv, figures and index.html under --out. Called again with more it trains only what is missing; a model that has
+changed, or its file, is trained anew, and the page shows it as it is now.
 
 Expected (Yang et al. 2022, arXiv:2203.03466, figures 1 and 5; Dey et al. 2025, arXiv:2505.01618, figure 2): standard,
 the stream moves further the wider the model and the best rate falls, by about half a doubling or more for each doubling
@@ -21,15 +22,17 @@ busy ones, of which --models=transformer-tiny --parts=coordinates,width is ten; 
 for an accelerator.
 """
 
-import csv
 import dataclasses
+import hashlib
 import itertools
+import json
 import math
 from pathlib import Path
 
 from absl import flags
 
 from experiments import common
+from experiments.rows import Rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +61,11 @@ PRESETS = {
 }
 PARTS = ("coordinates", "width", "depth")
 ARMS = {"standard": None, "transfer": 1.0, "half": 0.5}  # the power of depth
+ABOUT = ("optimizer", "data", "preset", "version", "digest")  # version: of the model as given. digest: of the training
+STATIONS = ("embedding", "stream", "branches", "logits")
+CHECK = ("model", "arm", "width", "step", *(f"{what}:{name}" for name in STATIONS for what in ("size", "change")),
+         *ABOUT)
+RUN = ("model", "axis", "arm", "size", "rate", "bits_per_byte", "seconds", *ABOUT)
 
 FLAGS = flags.FLAGS
 flags.DEFINE_list("models", [], "Names of the zoo, or Python files with a CONFIG, whose sizes are changed. By default "
@@ -78,24 +86,28 @@ def main() -> None:
         raise ValueError(f"--parts={','.join(sorted(unknown))}: there are {', '.join(PARTS)}")
     preset, out = PRESETS[FLAGS.preset], Path(FLAGS.out)
     widths = tuple(w for w in preset.widths if w <= (FLAGS.largest or w))
-    models = common.named(FLAGS.models or preset.models, ())
-    models = {name: common.model_config(model, []) for name, model in models.items()}
+    files = common.named(FLAGS.models or preset.models, ())
+    models = {name: common.model_config(file, []) for name, file in files.items()}
+    versions = {name: version(config, files[name]) for name, config in models.items()}
     data = load_corpus(FLAGS.data)
     data = data, tokenizer_from("bytes", data)
     out.mkdir(parents=True, exist_ok=True)
-    checks, runs = Table(out / "coordinates.csv"), Table(out / "sweep.csv")
+    checks, runs = Rows(out / "coordinates.csv", CHECK), Rows(out / "sweep.csv", RUN)
     about = {"optimizer": FLAGS.optimizer, "data": FLAGS.data, "preset": FLAGS.preset}
     for name, config in models.items():
+        mine = {"model": name, "version": versions[name]} | about
         sized = {width: resized(config, width, preset.depth) for width in widths}
         if "coordinates" in FLAGS.parts:
-            coordinates(checks, {"model": name} | about, sized, preset, data)
+            coordinates(checks, mine, sized, preset, data)
         if "width" in FLAGS.parts:
-            sweep(runs, {"model": name, "axis": "width"} | about, sized, ("standard", "transfer"), preset, data)
+            sweep(runs, mine | {"axis": "width"}, sized, ("standard", "transfer"), preset, data)
     if "depth" in FLAGS.parts:
         name, config = next(iter(models.items()))
+        mine = {"model": name, "version": versions[name], "axis": "depth"} | about
         sized = {depth: resized(config, preset.width, depth) for depth in preset.depths}
-        sweep(runs, {"model": name, "axis": "depth"} | about, sized, tuple(ARMS), preset, data)
-    checks, runs = ([row for row in table.rows if row.items() >= about.items()] for table in (checks, runs))
+        sweep(runs, mine, sized, tuple(ARMS), preset, data)
+    checks = by_station(latest(checks.read(), about, versions, ("model", "arm", "width", "step")))
+    runs = latest(runs.read(), about, versions, ("model", "axis", "arm", "size", "rate"))
     for key, found in best(runs).items():
         print(*key, "best rate " + ", ".join(f"{size}: {rate:.2g}" for size, (rate, _) in found.items()))
     for key, drift in drifts(runs).items():
@@ -104,32 +116,33 @@ def main() -> None:
     print("page:", write_page(out, checks, runs, about))
 
 
-class Table:
-    """Rows of a CSV file, written as they come."""
-
-    def __init__(self, path: Path):
-        self.path, self.rows = path, []
-        if path.is_file():
-            with path.open(newline="") as file:
-                self.rows = [{key: _number(value) for key, value in row.items()} for row in csv.DictReader(file)]
-
-    def has(self, row: dict) -> bool:
-        """Whether there is a row that says the same, and more."""
-        return any(row.items() <= known.items() for known in self.rows)
-
-    def add(self, row: dict) -> None:
-        self.rows.append(row)
-        with self.path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(self.rows[0]))
-            writer.writeheader()
-            writer.writerows(self.rows)
+def version(config, file: str) -> str:
+    """What tells a model from what it was before a change of its config or, where it has one, its file."""
+    return "v" + _sha(config.to_json(), Path(file).read_text() if file.endswith(".py") else "")
 
 
-def _number(text: str):
-    try:
-        return int(text) if text.lstrip("-").isdigit() else float(text)
-    except ValueError:
-        return text
+def digest(place: dict, config, base, *settings: int) -> str:
+    """By which a training is found again: its place in the table, the models that it names and its settings. A letter
+    first: no digest may read as a number."""
+    return "r" + _sha(json.dumps(place, sort_keys=True), config.to_json(), base.to_json(), json.dumps(settings))
+
+
+def _sha(*texts: str) -> str:
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
+
+
+def latest(rows: list[dict], about: dict, versions: dict, place: tuple[str, ...]) -> list[dict]:
+    """The rows to show: the last of each place, of models as they are now, or as they last were in other calls."""
+    rows = [row for row in rows if row.items() >= about.items()]
+    versions = {row["model"]: row["version"] for row in rows} | versions
+    return list({tuple(row[key] for key in place): row for row in rows
+                 if row["version"] == versions[row["model"]]}.values())
+
+
+def by_station(rows: list[dict]) -> list[dict]:
+    """Rows of the coordinate check as the page wants them: one for each station."""
+    return [row | {"station": name, "size": row[f"size:{name}"], "change": row[f"change:{name}"]}
+            for row in rows for name in STATIONS if row[f"size:{name}"] is not None]
 
 
 def resized(config, width: int, depth: int):
@@ -155,8 +168,8 @@ def batches(data, preset: Preset, count: int):
     return list(itertools.islice(train_batches(*data, preset.context, preset.rows, seed=0), count))
 
 
-def coordinates(table: Table, about: dict, sized: dict, preset: Preset, data) -> None:
-    """Adds a row for each arm, width and station, before the first step and behind each."""
+def coordinates(table: Rows, about: dict, sized: dict, preset: Preset, data) -> None:
+    """Adds a row for each arm, width and step, from before the first on; those of a training once it is finished."""
     import jax
     import numpy as np
 
@@ -165,27 +178,34 @@ def coordinates(table: Table, about: dict, sized: dict, preset: Preset, data) ->
     from archlab.training.step import make_create, make_train_step, parameters
 
     texts, base = batches(data, preset, preset.moves + 1), next(iter(sized.values()))
+    done = {(row["digest"], row["step"]) for row in table.read()}
     for arm, (width, config) in itertools.product(("standard", "transfer"), sized.items()):
         place = about | {"arm": arm, "width": width}
-        if table.has(place):
+        place |= {"digest": digest(place, config, base, preset.moves, preset.rows, preset.context)}
+        if all((place["digest"], step) in done for step in range(preset.moves + 1)):
             continue
         model, optimizer = arm_of(arm, config, base)
         transform = optimizer.build(parameters(model))
         structure, create, _ = make_create(model, transform)
         train, state = make_train_step(structure, transform, np.ones(model.vocab, np.int32)), create(0)
         look = jax.jit(lambda params, rest, ids, structure=structure: stations(merge(structure, params, rest), ids))
-        first = None
+        first, rows = None, []
         for step in range(preset.moves + 1):
             seen = look(state.params, state.rest, texts[-1].ids)
             first = first or seen
-            for station, (size, change) in sizes(first, seen).items():
-                table.add(place | {"step": step, "station": station, "size": size, "change": change})
+            found = sizes(first, seen)
+            pairs = {name: found.get(name, (None, None)) for name in STATIONS}  # a model may have no branches
+            rows.append(place | {"step": step} | {f"size:{name}": size for name, (size, _) in pairs.items()}
+                        | {f"change:{name}": change for name, (_, change) in pairs.items()})
             if step < preset.moves:
                 state, _ = train(state, texts[step], np.float32(2**-8))
-        print(*place.values(), {name: f"{change:.3g}" for name, (_, change) in sizes(first, seen).items()}, flush=True)
+        for row in rows:
+            table.add(row)
+        print(about["model"], arm, "width", width, {name: f"{change:.3g}" for name, (_, change) in found.items()},
+              flush=True)
 
 
-def sweep(table: Table, about: dict, sized: dict, arms: tuple[str, ...], preset: Preset, data) -> None:
+def sweep(table: Rows, about: dict, sized: dict, arms: tuple[str, ...], preset: Preset, data) -> None:
     """Adds a row for each arm, size and learning rate. The base is the same in all arms, and trained once."""
     from archlab.data import validation_batches
     from archlab.training.evaluation import evaluate, make_evaluate_step
@@ -194,15 +214,25 @@ def sweep(table: Table, about: dict, sized: dict, arms: tuple[str, ...], preset:
     base = next(iter(sized.values()))
     held_out = list(validation_batches(*data, preset.context, preset.rows, limit=16))
     lengths = data[1].bytes_per_token
+    done = {row["digest"]: row for row in table.read()}
+
+    def known(arm: str, size: int, rate: float) -> dict:
+        """What a row says of its training before it is begun."""
+        place = about | {"arm": arm, "size": size, "rate": rate}
+        return place | {"digest": digest(place, sized[size], base, preset.steps, preset.rows, preset.context)}
+
+    def keep(row: dict) -> None:
+        table.add(row)
+        done[row["digest"]] = row
+
     for arm, (size, config) in itertools.product(arms, sized.items()):
-        places = [about | {"arm": arm, "size": size, "rate": 2.0**power} for power in preset.rates]
-        places = [place for place in places if not table.has(place)]
+        places = [known(arm, size, 2.0**power) for power in preset.rates]
+        places = [place for place in places if place["digest"] not in done]
         if not places:
             continue
         if config == base and arm != arms[0]:
             for place in places:
-                [row] = [row for row in table.rows if row.items() >= (place | {"arm": arms[0]}).items()]
-                table.add(row | {"arm": arm})
+                keep(done[known(arms[0], size, place["rate"])["digest"]] | place)
             continue
         model, optimizer = arm_of(arm, config, base, warmup=0.1, floor=0.0)
         fits, losses = Fits(model, preset.steps, optimizer), []
@@ -211,8 +241,8 @@ def sweep(table: Table, about: dict, sized: dict, arms: tuple[str, ...], preset:
             fit = fits.fit(place["rate"], 0, iter(batches(data, preset, preset.steps)))
             loss = math.nan if fit.diverged else evaluate(step, fit.params, fit.rest, held_out).bits_per_byte
             losses.append(loss)
-            table.add(place | {"bits_per_byte": loss, "seconds": fit.seconds})
-        print(*places[0].values(), "...", *(f"{loss:.3f}" for loss in losses), flush=True)
+            keep(place | {"bits_per_byte": loss, "seconds": fit.seconds})
+        print(about["model"], arm, about["axis"], size, "...", *(f"{loss:.3f}" for loss in losses), flush=True)
 
 
 if __name__ == "__main__":

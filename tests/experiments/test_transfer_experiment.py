@@ -59,11 +59,15 @@ def run(out, *flags):
                           env=os.environ | {"JAX_PLATFORMS": "cpu"})
 
 
+def table_of(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def test_a_smoke_run_goes_on(tmp_path):
     first = run(tmp_path, "--parts=width", "--largest=16")
     assert first.returncode == 0, first.stdout + first.stderr
-    with (tmp_path / "sweep.csv").open() as file:
-        table = list(csv.DictReader(file))
+    table = table_of(tmp_path / "sweep.csv")
     assert [(row["arm"], row["size"]) for row in table] == [("standard", "16")] * 2 + [("transfer", "16")] * 2
     assert [row["bits_per_byte"] for row in table[:2]] == [row["bits_per_byte"] for row in table[2:]]
     assert all(5 < float(row["bits_per_byte"]) < 12 for row in table)
@@ -71,3 +75,34 @@ def test_a_smoke_run_goes_on(tmp_path):
     assert again.returncode == 0 and "page:" in again.stdout
     assert first.stdout.count("...") == 1 and "..." not in again.stdout  # nothing is trained twice
     assert "--parts" in run(tmp_path, "--parts=widht").stderr
+
+
+def test_what_a_killed_run_left_undone_is_done_again_and_nothing_else(tmp_path):
+    model, out = tmp_path / "mine.py", tmp_path / "out"
+    model.write_text("from archlab.zoo import get_config\nCONFIG = get_config('transformer-nano')\n")
+    flags = f"--models={model}", "--parts=coordinates,width"
+    first = run(out, *flags)
+    assert first.returncode == 0, first.stdout + first.stderr
+    paths = [out / "coordinates.csv", out / "sweep.csv"]
+    pictures = {path.name: path.read_bytes() for path in out.glob("*.png")}
+    whole = [path.read_text().splitlines(keepends=True) for path in paths]
+    assert [len(lines) for lines in whole] == [1 + 2 * 2 * 3, 1 + 2 * 2 * 2]
+
+    # Killed while it wrote the last coordinate check, and the last sweep: of each a line is cut off in its middle.
+    for path, lines in zip(paths, whole):
+        path.write_text("".join(lines[:-1]) + lines[-1][:40])
+    again = run(out, *flags)
+    assert again.returncode == 0, again.stdout + again.stderr
+    trained = [line.partition(" 32 ")[0] for line in again.stdout.splitlines() if "{" in line or "..." in line]
+    assert trained == ["mine transfer width"] * 2
+    for path, lines, new in zip(paths, whole, (3, 1)):  # a check anew from its first step on, a sweep's one rate
+        found = path.read_text().splitlines(keepends=True)
+        assert found[: len(lines)] == [*lines[:-1], lines[-1][:40] + "\n"] and len(found) == len(lines) + new
+        assert [line.rsplit(",")[-1] for line in found[-new:]] == [line.rsplit(",")[-1] for line in lines[-new:]]
+    assert {path.name: path.read_bytes() for path in out.glob("*.png")} == pictures and len(pictures) == 6
+
+    model.write_text(model.read_text() + "# changed\n")
+    changed = run(out, f"--models={model}", "--parts=width", "--largest=16")
+    assert changed.stdout.count("mine standard width 16 ...") == 1, changed.stdout + changed.stderr
+    versions = {row["version"] for row in table_of(paths[1]) if row["version"]}  # none on the cut line
+    assert len(versions) == 2 and "32: " not in changed.stdout  # no size of the model as it was is shown
