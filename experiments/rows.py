@@ -18,12 +18,12 @@ class Rows:
         """All whole rows. ValueError where the file has other columns."""
         if not self.path.is_file():
             return []
-        with self.path.open(newline="") as file:
-            table = csv.reader(file)
-            if (columns := tuple(next(table, ()))) != self.fields:
-                unlike = sorted(set(columns) ^ set(self.fields))
-                raise ValueError(f"{self.path} has other columns ({', '.join(unlike)}): give another --out")
-            return [dict(zip(columns, map(_value, row))) for row in table if len(row) == len(columns)]
+        # Line by line: a quotation that a cut left open ends with its line.
+        lines = [next(csv.reader([line]), []) for line in self.path.read_text().splitlines()]
+        if (columns := tuple(lines[0] if lines else ())) != self.fields:
+            unlike = sorted(set(columns) ^ set(self.fields))
+            raise ValueError(f"{self.path} has other columns ({', '.join(unlike)}): give another --out")
+        return [dict(zip(columns, map(_value, row))) for row in lines[1:] if len(row) == len(columns)]
 
     def add(self, row: dict) -> None:
         """Appends a row in one write. A line that a dying process cut short is ended first."""

@@ -20,7 +20,7 @@ def test_rows_come_back_as_they_were(tmp_path):
         Rows(tmp_path / "rows.csv", (*FIELDS, "more")).read()
 
 
-@pytest.mark.parametrize("left", ["a,3,0.", "a,3,0.5,{},true", "name"])
+@pytest.mark.parametrize("left", ["a,3,0.", "a,3,0.5,{},true", "name", 'a,3,0.5,"{""x"": [1'])
 def test_a_line_that_was_cut_short_costs_no_other(tmp_path, left):
     rows = Rows(tmp_path / "rows.csv", FIELDS)
     rows.add(ROW)
