@@ -15,6 +15,7 @@ from archlab.analysis.scaling.fit import Fit
 from archlab.analysis.scaling.newton import minimise
 
 WAYS = ("runs", "residuals")
+LEVEL = 0.95  # of intervals
 SMOOTHING = 0.5  # of the drawn residuals, in their standard deviations
 
 
@@ -25,22 +26,26 @@ class Sample:
     fit: Fit
     thetas: np.ndarray
 
-    def interval(self, name: str, level: float = 0.95) -> tuple[float, float]:
+    def interval(self, name: str, level: float = LEVEL) -> tuple[float, float]:
         """Of a coefficient, between percentiles. ValueError for a coefficient that the law does not have."""
-        return _percentiles(self._drawn(name), level)
-
-    def interval_of(self, function: Callable[[np.ndarray], np.ndarray], level: float = 0.95) \
-            -> tuple[np.ndarray, np.ndarray]:
-        """Of what `function` makes of one theta [P]: a number or an array, whose ends have its shape."""
-        return _percentiles(np.array([function(theta) for theta in self.thetas]), level)
-
-    def standard_error(self, name: str) -> float:
-        return float(np.std(self._drawn(name), ddof=1))
-
-    def _drawn(self, name: str) -> np.ndarray:
         if name not in self.fit.law.names:
             raise ValueError(f"coefficient = {name!r}: must be one of {', '.join(self.fit.law.names)}")
-        return self.fit.law.natural(self.thetas)[name]
+        return self.interval_of(lambda thetas: self.fit.law.natural(thetas)[name], level)
+
+    def interval_of(self, function: Callable[[np.ndarray], np.ndarray], level: float = LEVEL) \
+            -> tuple[np.ndarray, np.ndarray]:
+        """Of what `function` makes of thetas [R, P]: [R, ...], and the ends [...]. They are values that were drawn,
+        never means of two, which infinity would swallow; what is not determined is not counted."""
+        if not 0 < level < 1:
+            raise ValueError(f"level = {level}: must be between 0 and 1, such as 0.95")
+        drawn, tail = function(self.thetas), (1 - level) / 2
+        return (np.nanquantile(drawn, tail, axis=0, method="lower"),
+                np.nanquantile(drawn, 1 - tail, axis=0, method="higher"))
+
+    def standard_error_of(self, function: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        """Of the same; nan where something is infinite, which leaves none."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            return np.std(function(self.thetas), axis=0, ddof=1)
 
 
 def bootstrap(fit: Fit, repetitions: int = 1000, by: str = "runs", seed: int = 0) -> Sample:
@@ -89,10 +94,3 @@ def _residuals(fit, repetitions, rng):
     drawn = centred[rng.integers(n, size=(repetitions, n))] + SMOOTHING * rng.normal(size=(repetitions, n))
     scale = np.sqrt(square / rng.chisquare(n - P, size=(repetitions, 1)) / (1 + SMOOTHING ** 2))
     return np.log(fit.predict(fit.points)) + scale * drawn, np.ones((repetitions, n))
-
-
-def _percentiles(values: np.ndarray, level: float):
-    if not 0 < level < 1:
-        raise ValueError(f"level = {level}: must be between 0 and 1, such as 0.95")
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2], axis=0)
-    return low, high

@@ -152,7 +152,7 @@ def _frontier(ax: Axes, study: Study, colour: str, which: int) -> float:
     seen, ahead = C <= largest, C >= largest
     best = lambda theta: np.where(seen, optimum(theta, C, sizes)[which], optimum(theta, C)[which])
     middle = best(study.fit.theta)
-    low, high = np.clip(study.band(best), 1e-30, 1e30)  # of no end, yet drawn
+    low, high = np.clip(study.sample.interval_of(best), 1e-30, 1e30)  # of no end, yet drawn
     ax.fill_between(C, low, high, color=colour, alpha=0.15, linewidth=0)
     ax.plot(C[seen], middle[seen], color=colour)
     ax.plot(C[ahead], middle[ahead], color=colour, linewidth=1.4, linestyle=(0, (3, 2.5)))

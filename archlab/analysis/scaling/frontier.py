@@ -11,10 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from archlab.analysis.scaling.bootstrap import Sample
+from archlab.analysis.scaling.bootstrap import LEVEL, Sample
 from archlab.analysis.scaling.laws import DENSE
 
-LEVEL = 0.95
 ASKED = 5  # losses, or budgets, over the common range where none are given
 CHOICES = 50  # sizes among which the one of least compute is looked for
 

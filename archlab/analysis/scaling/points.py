@@ -137,8 +137,8 @@ def read_points(paths: str | Path | Sequence[str | Path], convention: str = "cou
     three rows share (to a millionth). Several seeds are several points; of several learning rates the best is one.
 
     Left out, by name: diverged runs, losses that are no positive number, learning rates on trial and those that
-    another did better than, repeated rows, lines cut off; and of each architecture the `drop_highest` highest losses (Besiroglu et al. 2024, arXiv:2404.10102,
-    drop five of Chinchilla's points).
+    another did better than, repeated rows, lines cut off; and of each architecture the `drop_highest` highest losses
+    (Besiroglu et al. 2024, arXiv:2404.10102, drop five of Chinchilla's points).
 
     ValueError for a table without the columns, a convention that it does not have, several corpora, tokenizers,
     contexts, rules of transfer or numbers of evaluated rows, a negative drop_highest, and where nothing is left.
@@ -258,7 +258,7 @@ def _best_rates(rows: list[_Row], excluded: list) -> list[_Row]:
     for row in rows:
         if not math.isnan(row.rate) and row.loss < best.setdefault(row.place, row).loss:
             best[row.place] = row
-    beaten = [row for row in rows if row.place in best and not math.isnan(row.rate) and row.rate != best[row.place].rate]
+    beaten = [row for row in rows if row.place in best and abs(row.rate - best[row.place].rate) > 0]  # nan is no other
     excluded += [Excluded(f"{row.where}, {row.label}", f"another learning rate did better: {best[row.place].rate:.6g} "
                           f"in {best[row.place].where} (loss {best[row.place].loss:.6g} there, {row.loss:.6g} here)")
                  for row in beaten]

@@ -13,7 +13,7 @@ from archlab.analysis.scaling.fit import check
 from archlab.analysis.scaling.frontier import optimum
 from archlab.analysis.scaling.laws import DENSE, FINE_GRAINED, JOINT_EXPERTS, LAWS, RECURSIVE, Law
 from archlab.analysis.scaling.points import Points
-from archlab.analysis.scaling.study import Study, study
+from archlab.analysis.scaling.study import Study, coefficients, study
 from archlab.layers.config import near
 
 NAMED = {law.name.replace(" ", "-"): law for law in LAWS}
@@ -80,16 +80,6 @@ def joined(parts: Mapping[str, Points]) -> Points:
                   {key: join(lambda p: p.more[key]) for key in sorted(shared)})
 
 
-def coefficients(one: Pooled) -> list[dict]:
-    """A row for each coefficient: its value, the resampled 95% interval and standard error."""
-    natural = lambda theta: np.stack([*one.law.natural(theta).values()], -1)
-    (low, high), values = one.study.band(natural), natural(one.study.fit.theta)
-    with np.errstate(over="ignore", invalid="ignore"):  # infinite factors are possible, and leave no standard error
-        errors = np.std(natural(one.study.sample.thetas), axis=0, ddof=1)
-    return [{"law": one.law.name, "coefficient": name, "value": values[i], "low": low[i], "high": high[i],
-             "standard_error": errors[i]} for i, name in enumerate(one.law.names)]
-
-
 def settings(one: Pooled) -> list[dict]:
     """For each number of experts (or granularity, or recursions) that was run: the loss that the law expects in the
     middle of the runs, and by how much, with its interval, that lies below the one of the least such number at equal
@@ -97,14 +87,14 @@ def settings(one: Pooled) -> list[dict]:
     middle = typical(one)
     loss = lambda theta: one.law.predict(theta, middle)
     saved = lambda theta: loss(theta)[..., :1] - loss(theta)
-    theta, (low, high) = one.study.fit.theta, one.study.band(saved)
+    theta, (low, high) = one.study.fit.theta, one.study.sample.interval_of(saved)
     return [{one.dial: level, "loss": loss(theta)[i], "saved": saved(theta)[i], "low": low[i], "high": high[i]}
             for i, level in enumerate(middle.more[one.dial])]
 
 
 def worth(one: Pooled, recursions: float) -> tuple[float, float, float]:
     """By how many times the recurring parameters count, r^phi: the value and its interval. For the recursive law."""
-    phi = next(row for row in coefficients(one) if row["coefficient"] == "phi")
+    phi = next(row for row in coefficients(one.study) if row["coefficient"] == "phi")
     return tuple(float(recursions ** phi[key]) for key in ("value", "low", "high"))
 
 
@@ -123,7 +113,7 @@ def best_experts(one: Pooled) -> list[dict]:
     losses = lambda theta: np.stack([optimum(_dense(theta, level), C, (p.N.min(), p.N.max()))[2]
                                      for level, p in zip(levels, mine)], -1)
     best = lambda theta: levels[np.argmin(np.nan_to_num(losses(theta), nan=np.inf), -1)]
-    found, (low, high) = best(one.study.fit.theta), one.study.band(best)
+    found, (low, high) = best(one.study.fit.theta), one.study.sample.interval_of(best)
     agree = (best(one.study.sample.thetas) == found).mean(0)
     return [{"FLOPs": C[i], "experts": found[i], "low": low[i], "high": high[i], "agree": agree[i]}
             for i in range(BUDGETS)]

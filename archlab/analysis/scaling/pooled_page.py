@@ -2,7 +2,7 @@
 trust it."""
 
 import csv
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from archlab.analysis import plots
@@ -10,8 +10,9 @@ from archlab.analysis.accounts import short
 from archlab.analysis.report import Report
 from archlab.analysis.scaling import figures
 from archlab.analysis.scaling.laws import FINE_GRAINED, JOINT_EXPERTS, RECURSIVE
-from archlab.analysis.scaling.pooled import (ALIKE, BUDGETS, Pooled, best_experts, coefficients, leaning, settings,
-                                             span, typical, worth)
+from archlab.analysis.scaling.pooled import (ALIKE, BUDGETS, Pooled, best_experts, leaning, settings, span, typical,
+                                             worth)
+from archlab.analysis.scaling.study import coefficients
 from archlab.analysis.scaling.words import flops, held
 
 COEFFICIENTS = ("law", "coefficient", "value", "low", "high", "standard_error")
@@ -31,11 +32,8 @@ PUBLISHED_PHI = 0.46
 def write_section(page: Report, one: Pooled, colours: Mapping[str, str], out: Path) -> None:
     """Adds the section to the page, and pooled.csv and the figure as PNG to `out`; without a fit, the reason why."""
     law, fit = one.law, one.study.fit
-    rows = coefficients(one) if fit else []
-    with (out / "pooled.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COEFFICIENTS)
-        writer.writeheader()
-        writer.writerows(rows)
+    rows = coefficients(one.study) if fit else []
+    write_table(out / "pooled.csv", COEFFICIENTS, rows)
     page.section("One law for all")
     page.text(f"Pooled are the {len(one.study.points)} runs of {', '.join(f'`{name}`' for name in one.parts)} in the "
               f"{law.name} law, L = {law.formula}. {MEANINGS[law]} Here {one.counted}.")
@@ -52,6 +50,14 @@ def write_section(page: Report, one: Pooled, colours: Mapping[str, str], out: Pa
                            "lies to one side and there is no shape in this.")])
 
 
+def write_table(path: Path, columns: Sequence[str], rows: Sequence[Mapping]) -> None:
+    """Writes these columns of the rows as CSV."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def findings(one: Pooled) -> list[str]:
     """Paragraphs: what the law says in its field's terms, and how well it holds."""
     lines = {JOINT_EXPERTS: _of_experts, FINE_GRAINED: _of_granularity, RECURSIVE: _of_recursion}[one.law](one)
@@ -65,7 +71,7 @@ def findings(one: Pooled) -> list[str]:
 
 
 def _of_recursion(one: Pooled) -> list[str]:
-    phi = next(row for row in coefficients(one) if row["coefficient"] == "phi")
+    phi = next(row for row in coefficients(one.study) if row["coefficient"] == "phi")
     low, high = phi["low"], phi["high"]
     nothing, whole = low <= 0 <= high, low <= 1 <= high
     verdict = ("undetermined: its interval holds 0 as well as 1" if nothing and whole else

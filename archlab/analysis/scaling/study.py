@@ -3,7 +3,7 @@
 An architecture whose points no law can be fitted to is a study too, with the reason; others are not held up by it.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy as np
 from archlab.analysis.scaling.bootstrap import Sample, bootstrap
 from archlab.analysis.scaling.envelope import envelope
 from archlab.analysis.scaling.fit import Fit, fit
-from archlab.analysis.scaling.frontier import LEVEL, Multiplier, exponents, multiplier, optimum
+from archlab.analysis.scaling.frontier import Multiplier, exponents, multiplier, optimum
 from archlab.analysis.scaling.holdout import Holdout, holdout
 from archlab.analysis.scaling.isoflop import Parabola, parabolas, power_laws
 from archlab.analysis.scaling.laws import DENSE, Law
@@ -31,12 +31,6 @@ class Study:
     parabolas: Sequence[Parabola] = ()
     refused: str = ""
     unheld: str = ""
-
-    def band(self, of: Callable[[np.ndarray], np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """The 95% interval of a function of theta [R, P] over the resampled laws."""
-        drawn, tail = of(self.sample.thetas), (1 - LEVEL) / 2
-        return (np.nanquantile(drawn, tail, axis=0, method="lower"),
-                np.nanquantile(drawn, 1 - tail, axis=0, method="higher"))
 
     def spread(self) -> float:
         """The typical relative distance of a loss from the law: the standard deviation of the residuals, with a degree
@@ -78,12 +72,15 @@ def compared(studies: Mapping[str, Study], reference: str, count: int | None = N
 
 
 def coefficients(one: Study) -> list[dict]:
-    """A row for each coefficient of a law, and for the exponents a and b of N_opt ~ C^a and D_opt ~ C^b: its value and
-    the resampled interval and standard error."""
-    rows = [{"value": value, "low": low, "high": high, "standard_error": error}
-            for value, (low, high), error in _natural(one)]
-    return [{"architecture": one.points.name, "coefficient": name} | row
-            for name, row in zip((*one.fit.law.names, "a", "b"), rows)]
+    """A row for each coefficient of a law, and for the dense one also for the exponents a and b of N_opt ~ C^a and
+    D_opt ~ C^b: its value and the resampled interval and standard error."""
+    law, sample = one.fit.law, one.sample
+    more = exponents if law == DENSE else lambda theta: ()
+    everything = lambda theta: np.stack([*law.natural(theta).values(), *more(theta)], -1)
+    columns = everything(one.fit.theta), *sample.interval_of(everything), sample.standard_error_of(everything)
+    return [{"architecture": one.points.name, "law": law.name, "coefficient": name, "value": value, "low": low,
+             "high": high, "standard_error": error}
+            for name, value, low, high, error in zip((*law.names, "a", "b"), *columns)]
 
 
 def allocations(one: Study, budgets: Sequence[float] = ()) -> list[dict]:
@@ -93,7 +90,7 @@ def allocations(one: Study, budgets: Sequence[float] = ()) -> list[dict]:
     least, most = points.C.min(), points.C.max()
     C = np.array(budgets or [*np.geomspace(least, most, 4), most * AHEAD**0.5, most * AHEAD])
     N, D, loss = optimum(one.fit.theta, C)
-    low, high = one.band(lambda theta: np.stack(optimum(theta, C), -1))
+    low, high = one.sample.interval_of(lambda theta: np.stack(optimum(theta, C), -1))
     out = {key: (values > 1.001 * seen.max()) | (values < seen.min() / 1.001)
            for key, values, seen in (("C", C, points.C), ("N", N, points.N), ("D", D, points.D))}
     return [{"architecture": points.name, "FLOPs": C[i], "N": N[i], "N_low": low[i, 0], "N_high": high[i, 0],
@@ -129,11 +126,3 @@ def by_convention(points: Points) -> dict[str, float | None]:
             except ValueError:
                 found[column[2:]] = None
     return found
-
-
-def _natural(one: Study):
-    everything = lambda theta: np.stack([*one.fit.law.natural(theta).values(), *exponents(theta)], -1)
-    values, (low, high) = everything(one.fit.theta), one.band(everything)
-    with np.errstate(over="ignore", invalid="ignore"):  # infinite factors are possible, and leave no standard error
-        errors = np.std(everything(one.sample.thetas), axis=0, ddof=1)
-    return zip(values, zip(low, high), errors)

@@ -11,8 +11,9 @@ from archlab.analysis import plots
 from archlab.analysis.report import Report
 from archlab.analysis.scaling.laws import DENSE, FINE_GRAINED, JOINT_EXPERTS, RECURSIVE
 from archlab.analysis.scaling.points import Points, read_points
-from archlab.analysis.scaling.pooled import best_experts, coefficients, joined, law_named, pooled, settings, worth
+from archlab.analysis.scaling.pooled import best_experts, joined, law_named, pooled, settings, worth
 from archlab.analysis.scaling.pooled_page import findings, write_section
+from archlab.analysis.scaling.study import coefficients
 
 PHI = 0.46
 TRUTHS = {RECURSIVE: [6.2, 7.6, 0.6, 0.35, 0.37, PHI],
@@ -37,7 +38,7 @@ def several(law, values=(1, 2, 4), **how):
 
 
 def value_of(one, name):
-    return next(row for row in coefficients(one) if row["coefficient"] == name)
+    return next(row for row in coefficients(one.study) if row["coefficient"] == name)
 
 
 def section(one, out):
@@ -54,7 +55,7 @@ def section(one, out):
 def test_a_known_law_is_found_within_its_intervals(law):
     one = pooled(several(law, (1, 2, 4, 8)), law, repetitions=200)
     held = [row["low"] <= true <= row["high"] for row, true in
-            zip(coefficients(one), law.natural(np.array(TRUTHS[law])).values())]
+            zip(coefficients(one.study), law.natural(np.array(TRUTHS[law])).values())]
     assert sum(held) >= len(held) - 1  # of intervals of 95%, of which no more than one should miss
     assert one.study.spread() == pytest.approx(0.002, rel=0.5)
 
