@@ -14,14 +14,10 @@ from archlab.analysis.scaling.power_law import PowerLaw, power_law
 
 
 class Envelope(NamedTuple):
-    """The runs on the envelope, each [n] in the order of compute, and N ~ C^a and D ~ C^b through them."""
+    """The runs on the envelope, in the order of compute, and N ~ C^a through them."""
 
-    C: np.ndarray
-    loss: np.ndarray
-    N: np.ndarray
-    D: np.ndarray
+    points: Points
     N_law: PowerLaw
-    D_law: PowerLaw
 
 
 def envelope(points: Points) -> Envelope:
@@ -30,8 +26,7 @@ def envelope(points: Points) -> Envelope:
     if len(chosen) < 2:
         raise ValueError(f"{points.name}: {len(chosen)} of {len(points)} runs on the envelope: loss must fall with "
                          "compute over at least two")
-    C, N, D = chosen.C, chosen.N, chosen.D
-    return Envelope(C, chosen.loss, N, D, power_law(C, N), power_law(C, D))
+    return Envelope(chosen, power_law(chosen.C, chosen.N))
 
 
 def _hull(x: np.ndarray, y: np.ndarray) -> list[int]:

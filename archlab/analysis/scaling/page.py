@@ -4,7 +4,7 @@ What it says in words follows from the points and the fits; nothing is claimed b
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -108,8 +108,8 @@ def _isoflop(page: Report, studies, drawn, colours) -> None:
         best = [[min(one.points.loss[one.points.budget == budget], default=None) for one in studies.values()]
                 for budget in budgets]
         page.table(["training FLOPs", *studies], [[flops(budget), *row] for budget, row in zip(budgets, best)],
-                   "The best run of each budget: what was measured, without any law. Of few sizes and one seed, the best "
-                   "is partly luck.", dict.fromkeys(studies, ".4f"))
+                   "The best run of each budget: what was measured, without any law. Of few sizes and one seed, the "
+                   "best is partly luck.", dict.fromkeys(studies, ".4f"))
 
 
 def _laws(page: Report, studies, fits, drawn, colours) -> None:
