@@ -14,13 +14,13 @@ from absl import flags
 
 from archlab.analysis.conventions import CONVENTIONS
 from archlab.analysis.scaling.ladder import Rung
+from archlab.analysis.scaling.points import FURTHER
 from experiments import common
 from experiments.rows import Rows
 
 FLAGS = flags.FLAGS
 GROUPS = ("input_embedding", "head", "layers", "routed_experts", "total", "unique", "active", "active_computing",
           "applied")
-FURTHER = ("experts", "active_experts", "granularity", "recursions", "N_once", "N_recurring")
 FIELDS = ("architecture", "size", "width", "layers", "batch", "context", "steps", "tokens", "budget", "learning_rate",
           "factor", "warmup_steps", "seed", "role", "loss", "train_loss", "diverged", "seconds", "tokens_per_second",
           "corpus", "tokenizer", "eval_rows", "transfer", "device", *(f"N:{name}" for name in CONVENTIONS),
