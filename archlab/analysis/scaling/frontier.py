@@ -81,7 +81,7 @@ class Comparison:
     def verdicts(self) -> tuple[str, ...]:
         """One in words for each of `at`."""
         return tuple(self._said(value, low, high) if self._told_apart(low, high) else
-                     f"not distinguishable ({_range(low, high)})"
+                     f"{_open(low, high)} ({_range(low, high)})"
                      for value, low, high in zip(self.value, self.low, self.high))
 
     @property
@@ -233,11 +233,20 @@ def _interval(drawn: np.ndarray, least: float) -> tuple[np.ndarray, np.ndarray]:
     return low, np.quantile(np.where(np.isnan(drawn), np.inf, drawn), 1 - tail, axis=0, method="higher")
 
 
+def _open(low: float, high: float) -> str:
+    """The verdict on an interval that holds the neutral value: one without a bound tells nothing."""
+    return "not distinguishable" if _bounded(low) and _bounded(high) else "undetermined, too few or too noisy runs"
+
+
+def _bounded(bound: float) -> bool:
+    return bool(bound != 0 and np.isfinite(bound))
+
+
 def _range(low: float, high: float) -> str:
     """An interval in words; a bound of 0 or infinity is none."""
-    bounded = bool(low != 0 and np.isfinite(low)), bool(np.isfinite(high))
+    bounded = _bounded(low), _bounded(high)
     return {(True, True): f"{_short(low)} to {_short(high)}", (True, False): f"at least {_short(low)}",
-            (False, True): f"at most {_short(high)}", (False, False): "undetermined"}[bounded]
+            (False, True): f"at most {_short(high)}", (False, False): "no bounds"}[bounded]
 
 
 def _short(value: float) -> str:

@@ -15,7 +15,7 @@ from archlab.analysis.report import Report
 from archlab.analysis.scaling import figures
 from archlab.analysis.scaling.frontier import Multiplier, gap
 from archlab.analysis.scaling.laws import DENSE
-from archlab.analysis.scaling.points import Reading
+from archlab.analysis.scaling.points import TRIAL, Reading
 from archlab.analysis.scaling.pooled import Pooled
 from archlab.analysis.scaling.pooled_page import write_section, write_table
 from archlab.analysis.scaling.study import (AHEAD, Study, allocations, by_approach, by_convention, coefficients,
@@ -168,9 +168,12 @@ def _optima(page: Report, studies, drawn, colours) -> None:
 
 def _left_out(page: Report, reading: Reading) -> None:
     page.section("What was left out")
-    if reading.excluded:
-        page.table(["row", "why"], [list(row) for row in reading.excluded])
-    else:
+    trials = [row for row in reading.excluded if row.why == TRIAL]
+    if trials:
+        page.text(f"{len(trials)} runs tried learning rates, of which the best of each size went on.")
+    if len(reading.excluded) > len(trials):
+        page.table(["row", "why"], [list(row) for row in reading.excluded if row.why != TRIAL])
+    elif not trials:
         page.text("Nothing: every row was read as a run.")
 
 
@@ -222,5 +225,6 @@ def _reference(studies: Mapping[str, Study], reference: str | None) -> str:
 
 def _multipliers(m: Multiplier) -> list[dict]:
     return [{"architecture": m.a, "reference": m.b, "loss": loss, "ratio": ratio, "low": low, "high": high,
-             "verdict": "saves" if high < 1 else "costs" if low > 1 else "not distinguishable"}
+             "verdict": "saves" if high < 1 else "costs" if low > 1 else
+                       "not distinguishable" if low > 0 and np.isfinite(high) else "undetermined"}
             for loss, ratio, low, high in zip(m.losses, m.ratio, m.low, m.high)]

@@ -25,6 +25,7 @@ NAMES = {"N": ("n", "params", "model size"), "D": ("d", "tokens"), "C": ("c", "f
          "architecture": ("architecture", "model")}
 FURTHER = ("experts", "active_experts", "granularity", "recursions", "N_once", "N_recurring")  # of extended laws
 AS_GIVEN = "as the table gives it"
+TRIAL = "a learning rate on trial"  # why a row is left out that no one misses
 ALIKE = 1e-6  # costs no further apart, in relative terms, are one: tables round them
 
 
@@ -228,7 +229,7 @@ def _unfit(row: _Row, loss: str) -> str | None:
     if row.cells.get("diverged", "").lower() in ("true", "yes", "1"):
         return "diverged"
     if row.cells.get("role") == "trial":
-        return "a learning rate on trial"
+        return TRIAL
     for name, value in (("N", row.N), ("D", row.D)):
         if not value > 0:
             return f"{name} is no positive number"

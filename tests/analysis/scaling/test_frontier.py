@@ -143,7 +143,7 @@ def test_draws_that_never_reach_the_loss_are_infinite_and_not_dropped():
     a.thetas[::20, 2] = np.log(loss[0] + 0.1)  # one in twenty: more than the upper tail
     found = multiplier(a, b, loss)
     assert found.high[0] == np.inf and np.isfinite(found.low[0])
-    assert found.verdict.startswith(f"not distinguishable (at least {found.low[0]:.2f})")
+    assert found.verdict.startswith(f"undetermined, too few or too noisy runs (at least {found.low[0]:.2f})")
     found = multiplier(b, a, loss)
     assert found.low[0] == 0 and "at most" in found.verdict
     a.thetas = floor
