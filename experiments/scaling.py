@@ -16,8 +16,8 @@ tries rates.
 --workers=N shares the work out to N processes on this machine, --shard=I/N to jobs of an array or to several machines:
 each does its part, and what any of them finished is one table (on one file system; or join them: --csv=a.csv,b.csv).
 
-Expected, and cost: docs/scaling.md. On four CPU cores --preset=smoke takes 1 to 2 minutes, --preset=cpu-hour most of
-an hour.
+Expected, and cost: docs/scaling.md. On four CPU cores --preset=smoke takes about 1.5 minutes, --preset=cpu-hour most
+of an hour.
 """
 
 import csv
