@@ -64,7 +64,7 @@ class Ladder:
         self.climbs, self.corpus, self.tokenizer, self.rows, self.shard = climbs, corpus, tokenizer, rows, shard
         self.done = {(row["digest"], row["role"]): row for row in rows.read()}
         self.all = sum(climb.flops for climb in climbs)
-        self.spent, self.trained, self.began = 0.0, 0.0, time.perf_counter()
+        self.spent, self.trained = 0.0, 0.0
 
     def climb(self, climb: Climb, first: Climb) -> None:
         """All runs of a size. first: the size at which rates are tried."""
