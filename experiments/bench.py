@@ -72,6 +72,7 @@ def training_row(name: str, config, peer) -> dict:
     import numpy as np
 
     from archlab.analysis.accounts import profile
+    from archlab.analysis.collectives import memory
     from archlab.data import Batch
     from archlab.training.metrics import peak_flops
     from archlab.training.optimizers import Optimizer
@@ -86,9 +87,6 @@ def training_row(name: str, config, peer) -> dict:
     began = time.perf_counter()
     step = make_train_step(structure, transform, np.ones(config.vocab, np.int32)).lower(state, batch, RATE).compile()
     compiled = time.perf_counter() - began
-    memory = step.memory_analysis()
-    held = (memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
-            - memory.alias_size_in_bytes)
 
     seconds, theirs = [], []
     for i in range(FLAGS.steps + 1):
@@ -103,7 +101,7 @@ def training_row(name: str, config, peer) -> dict:
     if mfu > 1:
         raise ValueError(f"{name}: an MFU of {mfu:.0%} cannot be: the measurement went wrong; run it again")
     row = {"model": name, "what": f"train {B} x {T}", "tokens_per_second": speed, "mfu": mfu,
-           "compile_seconds": compiled, "memory_MB": held / 1e6}
+           "compile_seconds": compiled, "memory_MB": memory(step) / 1e6}
     if peer:
         row |= {"peer_tokens_per_second": B * T / statistics.median(theirs[1:])}
         row["ratio"] = speed / row["peer_tokens_per_second"]

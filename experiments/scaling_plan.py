@@ -84,6 +84,7 @@ def _timed(climb: Climb, corpus, tokenizer) -> tuple[float, float]:
     """Training FLOP/s, the median of five steps; and the bytes that a step holds."""
     import jax
 
+    from archlab.analysis.collectives import memory
     from archlab.data import train_batches
     from archlab.parallel.mesh import global_batch
 
@@ -99,7 +100,7 @@ def _timed(climb: Climb, corpus, tokenizer) -> tuple[float, float]:
             state, metrics = programs.step(state, batch, 1e-3, 0)
             jax.block_until_ready(metrics)
             seconds.append(time.perf_counter() - began)
-    return rung.flops_per_token * run.batch * run.context / statistics.median(seconds[1:]), programs.memory
+    return rung.flops_per_token * run.batch * run.context / statistics.median(seconds[1:]), memory(programs.compiled)
 
 
 def _file(climb: Climb) -> str:

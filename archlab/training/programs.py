@@ -16,7 +16,7 @@ from archlab.training.step import make_create, make_train_step, parameters
 
 class Programs:
     """The programs of a run: `create(seed)` gives the state before the first step, `step(state, batch, rate, seed)` is
-    compiled, `evaluate` is as from `make_evaluate_step`. `structure` and `shardings` are those of the model."""
+    `compiled`, `evaluate` is as from `make_evaluate_step`. `structure` and `shardings` are those of the model."""
 
     def __init__(self, run: Run, bytes_per_token: np.ndarray, mesh=None):
         """bytes_per_token: [V]. On a mesh, call it under `jax.set_mesh(mesh)`."""
@@ -31,26 +31,19 @@ class Programs:
             place = lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
             state = jax.tree.map(place, state, self.shardings)
         rate, seed = jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
-        self._step = step.lower(state, _shapes(run, mesh), rate, seed).compile()  # no step ever compiles again
+        self.compiled = step.lower(state, _shapes(run, mesh), rate, seed).compile()  # no step ever compiles again
         self.compile_seconds = time.perf_counter() - began
         self.evaluate = make_evaluate_step(self.structure, bytes_per_token)
 
     def step(self, state, batch: Batch, rate: float, seed: int):
         """As from `make_train_step`; it consumes `state`."""
-        return self._step(state, batch, np.float32(rate), np.int32(seed))
+        return self.compiled(state, batch, np.float32(rate), np.int32(seed))
 
     def check(self, run: Run, bytes_per_token: np.ndarray, mesh=None) -> None:
         """ValueError where these are not the programs of `run`."""
         if _key(run) != self._key or mesh != self.mesh or not np.array_equal(bytes_per_token, self.bytes_per_token):
             raise ValueError("programs: these were compiled for another model, batch, context, optimizer, tokenizer or "
                              "mesh; runs share them that differ in learning rate, schedule, steps and seed alone")
-
-    @property
-    def memory(self) -> int:
-        """Bytes that a step holds: arguments, results and what lies between."""
-        held = self._step.memory_analysis()
-        return (held.argument_size_in_bytes + held.output_size_in_bytes + held.temp_size_in_bytes
-                - held.alias_size_in_bytes)
 
 
 def _key(run: Run) -> Run:

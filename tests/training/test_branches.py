@@ -7,6 +7,7 @@ import chex
 import pytest
 
 import archlab
+from archlab.analysis.collectives import memory
 from archlab.data import load_corpus, tokenizer_from
 from archlab.training.checkpoints import Checkpoints
 from archlab.training.loop import Run, train
@@ -78,7 +79,8 @@ def test_runs_share_programs(text):
         shared = train(run, corpus, tokenizer, programs=programs, **QUIET)
         chex.assert_trees_all_equal(shared.state, train(run, corpus, tokenizer, **QUIET).state)
         assert shared.compile_seconds == 0
-    assert programs.memory > 3 * sum(value.nbytes for value in shared.state.params.values())  # weights and two moments
+    weights = sum(value.nbytes for value in shared.state.params.values())
+    assert memory(programs.compiled) > 3 * weights  # and two moments
     for other in (dict(batch=4), dict(context=16), dict(optimizer=Optimizer(b2=0.99)), dict(accumulate=2)):
         with pytest.raises(ValueError, match="compiled for another model"):
             train(run_of(text, 4, **other), corpus, tokenizer, programs=programs, **QUIET)

@@ -6,6 +6,7 @@ term's own factor, in the order of the terms, then the exponents as they are. N 
 (those active on a token), D counts tokens.
 """
 
+import abc
 import dataclasses
 from collections.abc import Callable
 
@@ -18,7 +19,7 @@ Terms = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]  # theta [..., P] 
 
 
 @dataclasses.dataclass(frozen=True)
-class Law:
+class Law(abc.ABC):
     """What all laws share; `at` and `starts` are each law's own.
 
     name: a few words. formula: as the paper has it. names: the coefficients, in theta's order. terms: how many there
@@ -29,14 +30,14 @@ class Law:
     names = needs = ()
     terms = 3
 
+    @abc.abstractmethod
     def at(self, points: Points) -> Terms:
         """The terms at these points, as a function of theta [..., P]: logarithms [..., K, n] and their jacobians,
         [..., K, n, P] or, where they do not depend on theta, [K, n, P]."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def starts(self) -> np.ndarray:
         """Where the search for the best theta begins, [S, P]."""
-        raise NotImplementedError
 
     def log_terms(self, theta: np.ndarray, points: Points) -> tuple[np.ndarray, np.ndarray]:
         return self.at(points)(theta)
